@@ -1,0 +1,108 @@
+"""Guidance: functions from a denoiser to a denoiser (floor 2).
+
+A denoiser looks at z at the start of a step and says what it sees. Everything that steers sampling wraps one:
+clipping, thresholding, a classifier, classifier-free guidance. They compose by application, innermost first.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from diffax.process import Prediction, eps_from_x, expand, x_from_eps
+from diffax.schedules import NoiseLevel, Transition
+
+Array = jax.Array
+
+
+class Denoiser(Protocol):
+    """(z [B, ...], step, **conditions) -> Prediction.
+
+    It reads a transition and not only the level it starts from, because three published parameterisations depend on
+    where the step goes: previous-x, the learned range, and the large fixed variance at the last step.
+    """
+
+    def __call__(self, z: Array, step: Transition, **cond: Array) -> Prediction: ...
+
+
+Guidance = Callable[[Denoiser], Denoiser]
+
+
+def guided(denoise: Denoiser, guidance: Sequence[Guidance]) -> Denoiser:
+    """Applies guidance functions in order, the first one innermost."""
+    for wrap in guidance:
+        denoise = wrap(denoise)
+    return denoise
+
+
+def _with_x(p: Prediction, x: Array, z: Array, step: Transition) -> Prediction:
+    return p._replace(x=x, eps=eps_from_x(x, z, step.t))
+
+
+def edit_x(edit: Callable[[Array], Array]) -> Guidance:
+    """Changes the estimate of the clean data, and the noise with it.
+
+    A network that gives the mean of the step itself (previous-x) keeps it, as published.
+    """
+
+    def wrap(denoise: Denoiser) -> Denoiser:
+        def denoiser(z, step, **cond):
+            p = denoise(z, step, **cond)
+            return _with_x(p, edit(p.x), z, step)
+
+        return denoiser
+
+    return wrap
+
+
+def clip_denoised(limit: float = 1.0) -> Guidance:
+    """Clips the estimate of x to [-limit, limit] before it is used (in DDPM's code, not in its algorithm 2)."""
+    return edit_x(lambda x: jnp.clip(x, -limit, limit))
+
+
+def dynamic_threshold(percentile: float = 99.5) -> Guidance:
+    """Clips x per picture to its `percentile` of |x|, at least 1, and scales back to [-1, 1] (Imagen, section 2.3)."""
+
+    def edit(x):
+        flat = jnp.abs(x.reshape(x.shape[0], -1))
+        limit = jnp.maximum(jnp.percentile(flat, percentile, axis=1), 1.0)
+        limit = expand(limit, x)
+        return jnp.clip(x, -limit, limit) / limit
+
+    return edit_x(edit)
+
+
+def classifier(log_prob: Callable[..., Array], scale: Array | float) -> Guidance:
+    """Adds scale * grad log p(y | z_t) as a pending score (ADM, section 4).
+
+    Ancestral steps add variance * score to their mean (algorithm 1), DDIM subtracts sigma * score from eps
+    (algorithm 2). As in the published code the gradient is taken at z_t.
+
+    Args:
+      log_prob: (z [B, ...], t: NoiseLevel, **conditions) -> [B] log p(y | z_t).
+      scale: scalar or [B]; may be traced. 0 switches the guidance off.
+
+    Returns:
+      The guidance.
+    """
+
+    def wrap(denoise: Denoiser) -> Denoiser:
+        def denoiser(z, step, **cond):
+            p = denoise(z, step, **cond)
+            # The sum over the batch differentiates each example alone: no example enters another's log_prob.
+            gradient = jax.grad(lambda z: jnp.sum(log_prob(z, step.t, **cond)))(z)
+            score = expand(jnp.asarray(scale), z) * gradient
+            return p._replace(score=score if p.score is None else p.score + score)
+
+        return denoiser
+
+    return wrap
+
+
+def apply_score(p: Prediction, z: Array, t: NoiseLevel) -> Prediction:
+    """Moves a pending score into eps and x: eps - sigma * score (ADM, algorithm 2). x is not clipped again."""
+    if p.score is None:
+        return p
+    eps = p.eps - expand(t.sigma, z) * p.score
+    return p._replace(eps=eps, x=x_from_eps(eps, z, t), mean=None, score=None)
