@@ -1,0 +1,279 @@
+"""Pictures: float <-> uint8, grids, PNG files, ADM's sample files, loss curves (leaf)."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from diffax.errors import RunError, UserError
+
+_TILE = 48  # Pixels; smaller images are enlarged to about this in a grid.
+_MAX_PIXELS = 64_000_000
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] as bytes: (x + 1) * 127.5, clipped and truncated, as OpenAI's samplers do.
+
+    Args:
+        x: float [...], nominally in [-1, 1]; values outside are clipped.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    return np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
+
+
+def from_uint8(x: np.ndarray) -> np.ndarray:
+    """Bytes as float32 in [-1, 1]: x / 127.5 - 1."""
+    x = np.asarray(x)
+    if x.dtype != np.uint8:
+        raise ValueError(f'from_uint8 takes uint8, got {x.dtype}')
+    return x.astype(np.float32) / np.float32(127.5) - 1
+
+
+def check_finite(images: np.ndarray, first_index: int = 0) -> None:
+    """Raises RunError that names the first image with a NaN or an infinity.
+
+    Args:
+        images: float [N, ...].
+        first_index: number of `images[0]` among all samples.
+    """
+    finite = np.isfinite(np.asarray(images)).reshape(len(images), -1).all(1)
+    if not finite.all():
+        raise RunError(f'sample {first_index + int(np.argmin(finite))} is not finite; not written')
+
+
+def grid(
+    images: np.ndarray,
+    columns: int,
+    labels: Sequence[str | None] | None = None,
+    *,
+    pad: int = 2,
+    scale: int | None = None,
+) -> np.ndarray:
+    """Tiles images row by row on white, each over its label.
+
+    Args:
+        images: uint8 [N, H, W, 1 or 3], N >= 1.
+        columns: tiles in a row; a last row may be short.
+        labels: N texts or None; what is wider than its tile is cut.
+        pad: pixels of white around each tile.
+        scale: integer nearest-neighbour enlargement; None makes small tiles about 48 pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f'grid takes uint8 [N, H, W, 1 or 3], got {images.dtype} {images.shape}')
+    count, height, width, _ = images.shape
+    if not images.size or columns < 1 or (scale is not None and scale < 1) or pad < 0:
+        raise ValueError(f'grid needs an image, columns >= 1, scale >= 1 and pad >= 0, got '
+                         f'{images.shape}, {columns}, {scale} and {pad}')
+    if labels is not None and len(labels) != count:
+        raise ValueError(f'there are {count} images and {len(labels)} labels')
+    columns = min(columns, count)
+    scale = scale or max(1, round(_TILE / min(height, width)))
+    images = np.broadcast_to(images, (count, height, width, 3))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    height, width = height * scale, width * scale
+    labels = labels if labels and any(labels) else [None] * count
+    font = ImageFont.load_default(size=10)
+    ascent, descent = font.getmetrics()
+    text = ascent + descent if any(labels) else 0
+
+    rows = -(-count // columns)
+    cell = (height + text + pad, width + pad)
+    sheet = np.full((rows * cell[0] + pad, columns * cell[1] + pad, 3), 255, np.uint8)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        top, left = (i // columns) * cell[0] + pad, (i % columns) * cell[1] + pad
+        sheet[top:top + height, left:left + width] = image
+        if label:
+            sheet[top + height:top + height + text, left:left + width] = _caption(
+                label, font, (width, text))
+    return sheet
+
+
+def _caption(label: str, font: ImageFont.FreeTypeFont, size: tuple[int, int]) -> np.ndarray:
+    """Black text on white [h, w, 3], centred, cut at the end if it does not fit."""
+    strip = Image.new('L', size, 255)
+    label = ' '.join(label.split())
+    draw = ImageDraw.Draw(strip)
+    left = max(0, (size[0] - round(draw.textlength(label, font=font))) // 2)
+    draw.text((left, 0), label, fill=0, font=font)
+    return np.asarray(strip)[:, :, None].repeat(3, 2)
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write(file)` on a new file that then takes `path`: readers see all of it or nothing.
+
+    Raises:
+        RunError: it cannot be written; an older file at `path` stays.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open('wb') as file:
+            write(file)
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise RunError(f'cannot write {path.name}: {error.strerror or error}; {path.parent}; '
+                           'free the space or choose another --workdir') from error
+        raise
+
+
+def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Writes uint8 [H, W, 1 or 3] (or [H, W]) as PNG, atomically; makes missing folders."""
+    array = np.asarray(array)
+    known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
+    if array.dtype != np.uint8 or not known:
+        raise ValueError(f'save_png takes uint8 [H, W, 1 or 3], got {array.dtype} {array.shape}')
+    image = Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
+    write_atomically(path, lambda file: image.save(file, format='PNG'))
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, 3], upright as its EXIF data say.
+
+    Transparent pixels are laid over white; 16-bit greys keep their 8 high bits.
+
+    Raises:
+        UserError: there is no such file, it is no image, or it has more than 64 megapixels.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = image.width * image.height
+            if pixels > _MAX_PIXELS:  # Before decoding: the header alone is read so far.
+                raise UserError(f'image is {pixels / 1e6:.0f} MP, limit {_MAX_PIXELS // 10**6} MP; '
+                                f'{path}; make it smaller')
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            elif image.mode.startswith('I'):
+                # Pillow's own conversion clips 16-bit greys to 255.
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return np.array(image.convert('RGB'))
+    except FileNotFoundError:
+        raise UserError(f'there is no image; {path}; check the path') from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many types on damaged files.
+        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        raise UserError(f'cannot read image ({reason}); {path}; '
+                        'use a PNG, JPEG or WebP file') from error
+
+
+def save_npz(
+    directory: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | None = None
+) -> pathlib.Path:
+    """Writes `samples_{N}x{H}x{W}x3.npz` in ADM's layout, which its evaluation suites read.
+
+    Args:
+        directory: folder of the file.
+        images: uint8 [N, H, W, 1 or 3] -> `arr_0` [N, H, W, 3].
+        labels: int [N] -> `arr_1` int64; None leaves it out.
+
+    Returns:
+        Path of the file.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f'save_npz takes uint8 [N, H, W, 1 or 3], got {images.dtype} '
+                         f'{images.shape}')
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    arrays = {'arr_0': images}
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != (len(images),) or labels.dtype.kind not in 'iu':
+            raise ValueError(f'labels must be int [{len(images)}], got {labels.dtype} '
+                             f'{labels.shape}')
+        arrays['arr_1'] = labels.astype(np.int64)
+    path = pathlib.Path(directory) / f'samples_{"x".join(map(str, images.shape))}.npz'
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+    return path
+
+
+def load_npz(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads such a file: (uint8 [N, H, W, 3], int64 [N] or None); never unpickles.
+
+    Raises:
+        UserError: there is no such file, or it holds anything else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file['arr_0']
+            labels = file['arr_1'] if 'arr_1' in file.files else None
+    except FileNotFoundError:
+        raise UserError(f'there is no sample file; {path}; check the path') from None
+    except Exception as error:  # zipfile, zlib and numpy raise many types on damaged files.
+        raise UserError(f'cannot read sample file ({type(error).__name__}); {path}; '
+                        'expected an .npz with arr_0, no pickles') from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f'arr_0 is {images.dtype} {images.shape}; {path}; expected uint8 '
+                        '[N, H, W, 3]')
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in 'iu'):
+        raise UserError(f'arr_1 is {labels.dtype} {labels.shape}; {path}; expected int '
+                        f'[{len(images)}]')
+    return images, None if labels is None else labels.astype(np.int64)
+
+
+def loss_curve(
+    path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], keys: Sequence[str]
+) -> None:
+    """Draws metrics against the step as a PNG: faint as logged, bold smoothed.
+
+    The axis is logarithmic where every shown value is positive.
+
+    Args:
+        path: file to write.
+        rows: rows of metrics.jsonl; null and absent values are passed over.
+        keys: metrics to draw.
+
+    Raises:
+        UserError: no row has a value for any of `keys`.
+    """
+    rows = list(rows)
+    curves = {}
+    for key in keys:
+        points = [(r['step'], r[key]) for r in rows if r.get(key) is not None]
+        if points:
+            curves[key] = np.array(points, np.float64).T
+    if not curves:
+        raise UserError(f'no metrics to draw among {", ".join(keys)}; {path}; train longer or '
+                        'log more often')
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    logarithmic = all((values > 0).all() for _, values in curves.values())
+    for key, (steps, values) in curves.items():
+        smooth = _smooth(np.log(values) if logarithmic else values)
+        line, = axes.plot(steps, np.exp(smooth) if logarithmic else smooth, label=key, linewidth=2)
+        axes.plot(steps, values, color=line.get_color(), alpha=.25, linewidth=1,
+                  marker='.' if len(steps) < 50 else None)
+    axes.set_yscale('log' if logarithmic else 'linear')
+    axes.set_xlabel('step')
+    axes.set_ylabel(next(iter(curves)) if len(curves) == 1 else 'value')
+    axes.grid(alpha=.3, which='both')
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format='png'))
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a twentieth of the curve; the ends use what there is."""
+    half = len(values) // 40
+    total = np.concatenate([[0.], np.cumsum(values)])
+    i = np.arange(len(values))
+    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)

@@ -1,0 +1,138 @@
+"""Samplers judged on a Gaussian whose denoiser is known: moments, order of convergence, inversion."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffax import guidance, process, samplers, schedules
+
+MEAN, STD = 0.3, 0.5
+CHAIN = schedules.discrete(schedules.cosine_betas(1000))
+
+
+def gaussian_denoiser(variance="fixed_small"):
+    """The exact denoiser of x ~ N(MEAN, STD^2): E[x | z] is linear in z."""
+
+    def denoise(z, step, **cond):
+        alpha, sigma = process.expand(step.t.alpha, z), process.expand(step.t.sigma, z)
+        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return process.predict(MEAN + gain * (z - alpha * MEAN), z, step, predicts="x", variance=variance)
+
+    return denoise
+
+
+def run(sampler, steps, *, n=4000, denoise=None, seed=0, keep=0):
+    keys = jax.random.split(jax.random.key(seed), n)
+    noise = samplers.picture_noise(keys, (2,))
+    table = schedules.respaced(CHAIN, 1000, steps)
+    denoise = denoise or gaussian_denoiser()
+    return jax.jit(lambda: samplers.sample(denoise, noise(jnp.int32(-1)), noise, table, sampler, keep=keep))()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [(samplers.ddpm(), 250), (samplers.ddim(0.0), 100), (samplers.ddim(0.5), 100), (samplers.ddim(1.0), 250)],
+)
+def test_moments(sampler, steps):
+    z = np.asarray(run(sampler, steps))
+    np.testing.assert_allclose(z.mean(), MEAN, atol=0.02)
+    np.testing.assert_allclose(z.std(), STD, atol=0.02)
+
+
+def test_ddim_with_eta_1_is_ancestral_sampling_with_the_small_variance():
+    chex.assert_trees_all_close(run(samplers.ddim(1.0), 50, n=8), run(samplers.ddpm(), 50, n=8), atol=1e-4)
+
+
+def test_ddim_is_of_first_order():
+    """Against the exact solution of the probability flow, half the step leaves half the error."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    noise = samplers.picture_noise(keys, (2,))
+    z = noise(jnp.int32(-1))
+    schedule = schedules.cosine_logsnr(-9, 9)
+    first = schedule(np.array([1.0]))
+    spread = np.sqrt(first.alpha**2 * STD**2 + first.sigma**2)
+    exact = MEAN + STD * (z - first.alpha * MEAN) / spread
+    errors = []
+    for count in (25, 50, 100):
+        steps = schedules.even_steps(schedule, count)
+        got = samplers.sample(gaussian_denoiser(), z, noise, steps, samplers.ddim(0.0))
+        errors.append(float(jnp.abs(got - exact).max()))
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert np.all((0.7 < orders) & (orders < 1.4)), f"errors {errors}, orders {orders}"
+
+
+def test_inversion_and_sampling_undo_each_other():
+    x = jnp.asarray(np.random.default_rng(0).normal(MEAN, STD, (16, 2)), jnp.float32)
+    errors = []
+    for count in (50, 250):
+        table = schedules.respaced(CHAIN, 1000, count)
+        z = samplers.invert(gaussian_denoiser(), x, table)
+        back = samplers.sample(gaussian_denoiser(), z, lambda i: jnp.zeros(()), table, samplers.ddim(0.0))
+        errors.append(float(jnp.abs(back - x).max()))
+    assert errors[1] < 0.05 and errors[1] < errors[0] / 2, errors
+    np.testing.assert_allclose(z.std(), 1, atol=0.25)
+
+
+def test_a_picture_depends_on_its_own_key_only():
+    keys = jax.random.split(jax.random.key(0), 6)
+    table = schedules.respaced(CHAIN, 1000, 20)
+
+    def pictures(keys):
+        noise = samplers.picture_noise(keys, (2,))
+        return samplers.sample(gaussian_denoiser(), noise(jnp.int32(-1)), noise, table, samplers.ddpm())
+
+    chex.assert_trees_all_close(pictures(keys)[2:4], pictures(keys[2:4]), atol=1e-6)
+
+
+def test_progressive_estimates_become_the_sample():
+    z, kept = run(samplers.ddpm(), 100, n=500, keep=5)
+    chex.assert_shape(kept, (5, 500, 2))
+    np.testing.assert_allclose(kept[-1], z, atol=1e-6)
+    spread = np.asarray(kept).std(axis=(1, 2))
+    assert np.all(np.diff(spread) > 0), "estimates start near the mean and spread out"
+
+
+@pytest.mark.parametrize("sampler", [samplers.ddpm(), samplers.ddim(0.0)])
+def test_classifier_guidance_samples_the_tilted_distribution(sampler):
+    """With log p(y | x) linear in x, guided by its exact noised form, the mean moves by scale * slope * STD^2."""
+    slope, scale = 0.8, 1.5
+
+    def log_prob(z, t, **cond):
+        alpha, sigma = process.expand(t.alpha, z), process.expand(t.sigma, z)
+        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return jnp.sum(slope * gain * z, axis=-1)
+
+    steered = guidance.classifier(log_prob, scale)(gaussian_denoiser())
+    z = np.asarray(run(sampler, 250, denoise=steered))
+    np.testing.assert_allclose(z.mean(), MEAN + scale * slope * STD**2, atol=0.03)
+    plain = guidance.classifier(log_prob, 0.0)(gaussian_denoiser())
+    chex.assert_trees_all_close(run(sampler, 50, n=8, denoise=plain), run(sampler, 50, n=8), atol=1e-5)
+
+
+def test_one_program_for_every_seed():
+    table = schedules.respaced(CHAIN, 1000, 10)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def pictures(keys):
+        noise = samplers.picture_noise(keys, (2,))
+        return samplers.sample(gaussian_denoiser(), noise(jnp.int32(-1)), noise, table, samplers.ddpm())
+
+    for seed in range(3):
+        pictures(jax.random.split(jax.random.key(seed), 4))
+
+
+def test_thresholds():
+    _, _, z = (jnp.zeros((2, 2)) for _ in range(3))
+    step = jax.tree.map(lambda a: jnp.asarray(a[:2]), schedules.respaced(CHAIN, 1000, 10))
+
+    def denoise(z, step, **cond):
+        return process.predict(jnp.array([[0.5, 4.0], [0.2, -0.5]]), z, step, predicts="x", variance="fixed_small")
+
+    clipped = guidance.clip_denoised()(denoise)(z, step)
+    np.testing.assert_allclose(clipped.x, [[0.5, 1.0], [0.2, -0.5]])
+    np.testing.assert_allclose(clipped.eps, process.eps_from_x(clipped.x, z, step.t))
+    scaled = guidance.dynamic_threshold(100.0)(denoise)(z, step)
+    np.testing.assert_allclose(scaled.x, [[0.125, 1.0], [0.2, -0.5]])
