@@ -1,0 +1,198 @@
+"""From the `data` section of a config to a Source."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from diffax.data import builders, folders, image_ops, shapes
+from diffax.data.source import Source
+from diffax.errors import UserError
+
+# Decoded images of a dataset up to this size stay in memory: a small network outruns the decoding.
+CACHE_BYTES = 256 * 2**20
+
+
+def names() -> list[str]:
+    """Every value that data.name can have."""
+    return [*builders.BUILDERS, "folder", "captions", "tfds"]
+
+
+def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
+    """Opens the data a config names, preparing it first if it is one of ours and new.
+
+    Args:
+      data: the `data` section of a stage: name, path, data_dir, split; for shapes also holdout,
+        combinations such as 'red circle' to keep out of every split but 'holdout'.
+      shape: (height, width, channels) the images are wanted in. Channels (1 or 3) are converted
+        here; sizes only choose between prepared sizes, `batches` resizes.
+
+    Returns:
+      A Source; its images are uint8 [h, w, channels] of whatever size is stored.
+
+    Raises:
+      UserError: an unknown name or split, a missing folder or package, data that cannot be read.
+    """
+    height, width, channels = shape
+    if channels not in (1, 3):
+        raise UserError(
+            f"images have 1 or 3 channels, got {channels}; shape={tuple(shape)}; "
+            "use (height, width, 1) or (height, width, 3)"
+        )
+    name = data["name"]
+    if name not in names():
+        near = difflib.get_close_matches(str(name), names(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
+        raise UserError(f"unknown data {name!r}, there is {', '.join(names())}; data.name; {hint}")
+    split, path = data["split"], data["path"]
+    if name == "folder":
+        return folders.folder(path, split, channels)
+    if name == "captions":
+        return folders.captions(path, split, channels)
+    if name == "tfds":
+        return _from_tfds(_open_prepared(path), split, channels)
+    if "://" in data["data_dir"]:
+        raise UserError(
+            f"not a local folder; data.data_dir={data['data_dir']!r}; prepare on a local disk"
+        )
+    if name == "shapes":
+        return _shapes(data, max(height, width), channels)
+    builder = builders.prepare(
+        name, side=max(height, width), data_dir=data["data_dir"], archive_dir=path
+    )
+    return _from_tfds(builder, split, channels)
+
+
+def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
+    """Shapes without the held-out combinations, or, as split 'holdout', only those of 'train'."""
+    holdout = tuple(data.get("holdout", ()))
+    for pair in holdout:
+        if pair not in {
+            f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES
+        }:
+            raise UserError(
+                f"no such combination {pair!r}; data.holdout; write '<colour> <shape>' "
+                f"of {', '.join(shapes.COLOURS)} and {', '.join(shapes.SHAPES)}"
+            )
+    only = data["split"] == "holdout"
+    if only and not holdout:
+        raise UserError(
+            "split 'holdout' is empty; data.holdout; name combinations such as 'red circle'"
+        )
+    split = "train" if only else data["split"]
+    builder = builders.prepare("shapes", side=side, data_dir=data["data_dir"])
+    source = _from_tfds(builder, split, channels)
+    if not holdout:
+        return source
+    if split not in builders.Shapes.ranges:
+        raise UserError(
+            f"data.holdout goes with whole splits, got {split!r}; data.split; use "
+            "'train', 'test' or 'holdout'"
+        )
+    kept = [
+        number
+        for number, index in enumerate(builders.Shapes.ranges[split])
+        if only
+        == any(f"{thing.colour} {thing.shape}" in holdout for thing in shapes.scene(index).things)
+    ]
+    return dataclasses.replace(
+        source,
+        name=f"{source.name} {'only' if only else 'without'} {', '.join(holdout)}",
+        size=len(kept),
+        read=lambda i: source.read(kept[i]),
+        where=lambda i: source.where(kept[i]),
+    )
+
+
+def _open_prepared(path: str):
+    """The builder of a folder that TFDS prepared, which may hold one version below it."""
+    root = os.path.expanduser(path)
+    if not path:
+        raise UserError(
+            "no folder given; data.path; set it to the folder of a prepared TFDS "
+            "dataset, the one that holds dataset_info.json"
+        )
+    found = [folder for folder, folders_, files in os.walk(root) if "dataset_info.json" in files]
+    if len(found) != 1:
+        what = "no dataset_info.json" if not found else f"{len(found)} datasets"
+        raise UserError(
+            f"{what} below data.path; {root}; give the folder of one prepared TFDS "
+            "dataset, as in ~/tensorflow_datasets/NAME/1.0.0"
+        )
+    try:
+        builder = tfds.builder_from_directory(found[0])
+    except Exception as error:
+        raise UserError(
+            f"not a dataset that TFDS can read ({error}); {found[0]}; prepare it again"
+        ) from error
+    file_format = builder.info.file_format
+    if file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"the data is stored as {file_format.value}, which cannot be read by number; "
+            f"{found[0]}; where TensorFlow is installed run: tfds convert_format "
+            f"--dataset_version_dir={found[0]} --out_file_format=array_record --out_dir=NEW"
+        )
+    return builder
+
+
+def _from_tfds(builder, split: str, channels: int) -> Source:
+    features = builder.info.features
+    image_key = next(
+        (key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None
+    )
+    if image_key is None:
+        raise UserError(
+            f"no image among the features {sorted(features)}; {builder.data_dir}; "
+            "take another dataset"
+        )
+    labels = tuple(
+        key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)
+    )
+    caption_key = next(
+        (
+            key
+            for key in ("caption", "text")
+            if key in features and isinstance(features[key], tfds.features.Text)
+        ),
+        None,
+    )
+    try:
+        records = builder.as_data_source(
+            split=split, decoders={image_key: tfds.decode.SkipDecoding()}
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"no split {split!r} with data, there is "
+            f"{', '.join(builder.info.splits)}; "
+            f"{builder.data_dir}; data.split"
+        ) from error
+
+    def read(index: int) -> dict[str, Any]:
+        try:
+            example = records[index]
+        except Exception as error:  # whatever the C++ reader makes of damaged bytes
+            raise image_ops.BadRecord(f"damaged ({error})") from error
+        record = {key: np.int32(example[key]) for key in labels}
+        if caption_key:
+            record["caption"] = example[caption_key].decode("utf-8", "replace")
+        return record | {"image": image_ops.decode(example[image_key], channels=channels)}
+
+    keys = (*labels, *(("caption",) if caption_key else ()))
+    stored = features[image_key].shape
+    if None not in stored and len(records) * math.prod(stored[:2]) * channels <= CACHE_BYTES:
+        read = functools.lru_cache(maxsize=None)(read)
+    names_ = tuple(features["label"].names) if "label" in labels else ()
+    return Source(
+        f"{builder.info.full_name}[{split}]",
+        len(records),
+        read,
+        keys,
+        names_,
+        f"{builder.info.full_name}[{split}] record {{}}".format,
+    )

@@ -1,0 +1,191 @@
+"""Batches by position: what global batch k holds depends on the seed and k alone.
+
+Neither the number of hosts nor the number of reader threads nor where a run was resumed changes a
+batch, so a checkpoint needs the step and no state of the reader.
+"""
+
+import itertools
+import logging
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from diffax.data import image_ops
+from diffax.data.source import Source
+from diffax.errors import RunError, UserError
+
+log = logging.getLogger("diffax.data")
+
+# Grain needs a length where we mean "for ever".
+_ENDLESS = 2**48
+
+
+def batches(
+    source: Source,
+    data: Mapping[str, Any],
+    *,
+    shape: Sequence[int],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    keys: Sequence[str] | None = None,
+    train: bool = True,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this process's rows of global batch `start_step`, `start_step + 1`, ...
+
+    Training goes on for ever: every epoch visits each record once in a new order (an epoch need
+    not end with a batch), and flips and crops are drawn from (seed, position). Without `train` the
+    records come once, in order, unflipped and centre-cropped, and the last batch may be short, or
+    empty on the later processes.
+
+    A record that cannot be read is replaced by the next one that can, and named once.
+
+    Args:
+      source: from `load_source`.
+      data: the `data` section of a stage: flip, crop, max_bad, workers (reader threads; 0 chooses)
+        and shuffle_seed are read.
+      shape: (height, width, channels) of the images wanted.
+      batch_size: rows of the global batch, over all processes.
+      seed: of order and augmentation.
+      start_step: the first batch wanted.
+      keys: which of `source.keys` to yield; by default 'label' where there are labels.
+
+    Yields:
+      'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, the record
+      read; the keys asked for, int32 (a caption: str objects).
+
+    Raises:
+      UserError: a batch that processes cannot share evenly, a key the data does not have.
+      RunError: (while iterating) more than data.max_bad records are unreadable.
+    """
+    if keys is None:
+        keys = tuple(key for key in ("label",) if key in source.keys)
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch size {batch_size} is not divisible by {process_count} processes; "
+            "train.batch_size; use a multiple"
+        )
+    for key in keys:
+        if key not in source.keys:
+            raise UserError(
+                f"the data has no {key!r}, only {list(source.keys)}; {source.name}; "
+                "take other data or leave the condition out"
+            )
+    if data["crop"] not in ("center", "random"):
+        raise UserError(f"unknown crop {data['crop']!r}; data.crop; use 'center' or 'random'")
+    height, width, _ = shape = tuple(shape)
+    rows = batch_size // process_count
+    order, augment = _in_order, _center
+    if train:
+        order, augment = _shuffled(len(source), data, seed), _random(data, seed)
+    reader = _Reader(source, data["max_bad"])
+    # Threads read a few rows at a time: single ones cost more in hand-overs than in decoding.
+    chunk = math.gcd(rows, 16)
+    parts = rows // chunk
+
+    def load(job: int) -> list[dict[str, Any]]:
+        step, part = divmod(job, parts)
+        first = step * batch_size + process_index * rows + part * chunk
+        last = first + chunk if train else min(first + chunk, len(source))
+        records = ((position, reader(order(position))) for position in range(first, last))
+        return [
+            record | {"image": augment(record["image"], height, width, position)}
+            for position, record in records
+        ]
+
+    end = _ENDLESS if train else -(-len(source) // batch_size)
+    threads = data["workers"] or min(16, 2 * (os.cpu_count() or 1))
+    return iter(
+        grain.MapDataset.range(start_step * parts, end * parts)
+        .map(load)
+        .to_iter_dataset(grain.ReadOptions(threads, max(threads, 2 * parts)))
+        .batch(parts, batch_fn=lambda jobs: _collate(list(itertools.chain(*jobs)), shape, keys))
+    )
+
+
+def _in_order(position: int) -> int:
+    return position
+
+
+def _shuffled(size: int, data, seed: int):
+    """Position -> record: a permutation per epoch, computed without holding it."""
+    mixed = int(np.random.SeedSequence((seed, data["shuffle_seed"])).generate_state(1)[0])
+    order = grain.MapDataset.range(size).seed(mixed % 2**31).shuffle().repeat(None)
+    return order.__getitem__
+
+
+def _center(pixels, height: int, width: int, position: int) -> np.ndarray:
+    del position
+    return image_ops.center_crop(pixels, height, width)
+
+
+def _random(data, seed: int):
+    flip, crop = data["flip"], data["crop"] == "random"
+
+    def augment(pixels, height: int, width: int, position: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, data["shuffle_seed"], position))
+        if crop:
+            pixels = image_ops.random_crop(pixels, height, width, rng)
+        else:
+            pixels = image_ops.center_crop(pixels, height, width)
+        return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+    return augment
+
+
+class _Reader:
+    """Reads records and stands in for bad ones; remembers which were bad, across threads."""
+
+    def __init__(self, source: Source, max_bad: int):
+        self._source, self._max_bad = source, max_bad
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, wanted: int) -> dict[str, Any]:
+        """The record `wanted`, or the first readable one after it, cyclically."""
+        for offset in range(len(self._source)):
+            index = (wanted + offset) % len(self._source)
+            try:
+                return self._source[index] | {"index": index}
+            except image_ops.BadRecord as error:
+                self._note(index, error)
+        raise RunError(f"no record is readable; {self._source.name}; check the files")
+
+    def _note(self, index: int, error: image_ops.BadRecord):
+        with self._lock:
+            if index in self._bad:
+                return
+            self._bad.add(index)
+            where = self._source.where(index)
+            log.warning(
+                "skipping %s: %s (%d bad so far, limit %d)",
+                where,
+                error,
+                len(self._bad),
+                self._max_bad,
+            )
+            if len(self._bad) > self._max_bad:
+                raise RunError(
+                    f"{len(self._bad)} unreadable records, limit "
+                    f"data.max_bad={self._max_bad}; {self._source.name}, the last "
+                    f"{where} ({error}); repair or remove them, or raise the limit"
+                )
+
+
+def _collate(records: Sequence[dict[str, Any]], shape, keys) -> dict[str, np.ndarray]:
+    images = np.empty((len(records), *shape), np.float32)
+    for image, record in zip(images, records, strict=True):
+        np.divide(record["image"], np.float32(127.5), out=image)
+    images -= 1
+    batch = {"image": images, "index": np.array([record["index"] for record in records], np.int64)}
+    for key in keys:
+        values = [record[key] for record in records]
+        batch[key] = np.array(values, object if key == "caption" else np.int32)
+    return batch

@@ -1,0 +1,176 @@
+"""Captioned scenes of one or two coloured shapes, drawn from their index alone.
+
+A toy with the structure of a captioned photo set: objects with attributes and a relation between
+them, and combinations that can be held out to test whether a model composes. The attributes travel
+with the picture, so a judge can be trained to read them back.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (250, 145, 30),
+    "yellow": (245, 220, 50),
+    "green": (40, 160, 70),
+    "cyan": (60, 205, 215),
+    "blue": (45, 80, 215),
+    "purple": (150, 70, 200),
+    "pink": (245, 130, 185),
+}
+SIZES = {"small": 0.13, "large": 0.22}  # radius, in image sides
+RELATIONS = ("left of", "right of", "above", "below")
+BACKGROUNDS = {"black": (20, 20, 20), "grey": (128, 128, 128), "white": (240, 240, 240)}
+# Chosen for a like area; none reaches further from its centre than its size.
+RADII = {
+    "circle": 0.95,
+    "square": 0.85,
+    "triangle": 1.15,
+    "diamond": 1.0,
+    "cross": 1.0,
+    "ring": 1.0,
+}
+OVERSAMPLING = 4
+
+# Class names of every attribute a record carries; objects that are not there are 'none'.
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "shape2": (*SHAPES, "none"),
+    "colour2": (*COLOURS, "none"),
+    "size2": (*SIZES, "none"),
+    "relation": (*RELATIONS, "none"),
+    "background": tuple(BACKGROUNDS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """One object; `x` and `y` are its centre in image sides, from the left and the top."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+    def __str__(self):
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One or two things on a plain background; `things[0]` stands `relation` `things[1]`."""
+
+    things: tuple[Thing, ...]
+    relation: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        """For example 'a small red circle left of a large blue square'."""
+        return f" {self.relation} ".join(str(thing) for thing in self.things)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Every name of ATTRIBUTES with its value in this scene."""
+        first, second = (*self.things, None)[:2]
+        out = {"relation": self.relation, "background": self.background}
+        for key in ("shape", "colour", "size"):
+            out[key] = getattr(first, key)
+            out[f"{key}2"] = getattr(second, key) if second else "none"
+        return out
+
+
+@functools.cache
+def _shuffled(number: int) -> np.ndarray:
+    return np.random.default_rng(2020).permutation(number)
+
+
+def _nth_thing(number: int) -> tuple[str, str, str]:
+    number, shape = divmod(number, len(SHAPES))
+    size, colour = divmod(number, len(COLOURS))
+    return SHAPES[shape], tuple(COLOURS)[colour], tuple(SIZES)[size]
+
+
+def scene(index: int) -> Scene:
+    """The scene of an index: one of 96 single things or 36,864 pairs, with a jitter of its own.
+
+    Every third index is a single thing. Each kind goes through all its combinations in a shuffled
+    order before it repeats one; places and background are drawn from the index.
+    """
+    rng = np.random.default_rng((2020, index))
+    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    kinds = len(SHAPES) * len(COLOURS) * len(SIZES)
+    third, place = divmod(index, 3)
+    if place == 0:
+        kind = _nth_thing(int(_shuffled(kinds)[third % kinds]))
+        margin = SIZES[kind[2]] + 0.03
+        x, y = rng.uniform(margin, 1 - margin, size=2)
+        return Scene((Thing(*kind, x, y),), "none", background)
+    pairs = kinds * kinds * len(RELATIONS)
+    number, relation = divmod(
+        int(_shuffled(pairs)[(2 * third + place - 1) % pairs]), len(RELATIONS)
+    )
+    first, second = map(_nth_thing, divmod(number, kinds))
+    along, across = _two_places(rng, SIZES[first[2]], SIZES[second[2]])
+    relation = RELATIONS[relation]
+    if relation in ("right of", "below"):
+        along = 1 - along
+    x, y = (along, across) if relation in ("left of", "right of") else (across, along)
+    things = (Thing(*first, x[0], y[0]), Thing(*second, x[1], y[1]))
+    return Scene(things, relation, background)
+
+
+def _two_places(rng, radius1: float, radius2: float) -> tuple[np.ndarray, np.ndarray]:
+    """Places along the axis of a relation, the first thing's nearer 0, and across that axis."""
+    edge, gap = 0.025, 0.04
+    slack = 1 - 2 * (edge + radius1 + radius2) - gap
+    start, stretch = np.sort(rng.uniform(0, slack, size=2))
+    along = np.array([edge + radius1 + start, edge + 2 * radius1 + gap + radius2 + stretch])
+    # Half as far apart across as along, at most: nobody would name the other relation.
+    reach = min(0.16, (along[1] - along[0]) / 4)
+    across = rng.uniform(0.4, 0.6) + rng.uniform(-reach, reach, size=2)
+    return along, across
+
+
+def draw(scene_: Scene, size: int) -> np.ndarray:
+    """Paints a scene, anti-aliased: drawn four times larger, then box-averaged.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    side = size * OVERSAMPLING
+    image = Image.new("RGB", (side, side), BACKGROUNDS[scene_.background])
+    pen = ImageDraw.Draw(image)
+    for thing in scene_.things:
+        _draw_thing(pen, thing, side, BACKGROUNDS[scene_.background])
+    return np.asarray(image.reduce(OVERSAMPLING))
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, background):
+    fill = COLOURS[thing.colour]
+    r = SIZES[thing.size] * RADII[thing.shape] * side
+    x, y = thing.x * side, thing.y * side
+    if thing.shape in ("circle", "ring"):
+        pen.ellipse((x - r, y - r, x + r, y + r), fill)
+        if thing.shape == "ring":
+            r *= 0.5
+            pen.ellipse((x - r, y - r, x + r, y + r), background)
+    elif thing.shape == "square":
+        pen.rectangle((x - r, y - r, x + r, y + r), fill)
+    elif thing.shape == "cross":
+        arm = r / 3
+        pen.rectangle((x - r, y - arm, x + r, y + arm), fill)
+        pen.rectangle((x - arm, y - r, x + arm, y + r), fill)
+    else:
+        corners = {"triangle": 3, "diamond": 4}[thing.shape]
+        y += r / 4 if thing.shape == "triangle" else 0  # its box is centred, not its circumcircle
+        angles = [2 * math.pi * k / corners for k in range(corners)]
+        pen.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for a in angles], fill)
