@@ -33,9 +33,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from diffax.errors import RunError, UserError
 
-_TRASH = '_trash'
-_CORRUPT = '_corrupt'
-_TMP = re.compile(r'(\d+)\.orbax-checkpoint-tmp')
+_TRASH = "_trash"
+_CORRUPT = "_corrupt"
+_TMP = re.compile(r"(\d+)\.orbax-checkpoint-tmp")
 # Orbax adds manifests and metadata to the arrays; measured 30 to 200 kB.
 _OVERHEAD_BYTES = 2**18
 
@@ -57,7 +57,7 @@ class _Damaged(Exception):
 
 def print_warning(line: str) -> None:
     """Writes `diffax: warning: line` to stderr."""
-    print(f'diffax: warning: {line}', file=sys.stderr, flush=True)
+    print(f"diffax: warning: {line}", file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -90,10 +90,9 @@ class Checkpoints:
         warn: Callable[[str], None] = print_warning,
     ):
         if keep < 1 or keep_every < 0:
-            raise ValueError(f'keep must be >= 1 and keep_every >= 0, got {keep} and {keep_every}')
-        if '://' in os.fspath(directory):
-            raise UserError(f'{directory} is no mounted directory; checkpoints; mount the bucket '
-                            'and pass its path')
+            raise ValueError(f"keep must be >= 1 and keep_every >= 0, got {keep} and {keep_every}")
+        if "://" in os.fspath(directory):
+            raise UserError(f"{directory} is no mounted directory; checkpoints; mount the bucket and pass its path")
         self.directory = pathlib.Path(os.path.abspath(directory))
         self.removed_unfinished: list[int] = []
         self._keep, self._keep_every, self._read_only = keep, keep_every, read_only
@@ -103,7 +102,7 @@ class Checkpoints:
         if not read_only and _is_primary():
             self._prepare_directory()
 
-    def __enter__(self) -> 'Checkpoints':
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -118,8 +117,9 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f'cannot write checkpoints ({error.strerror}); {self.directory}; '
-                            'choose another --workdir') from error
+            raise UserError(
+                f"cannot write checkpoints ({error.strerror}); {self.directory}; choose another --workdir"
+            ) from error
         for path in sorted(self.directory.iterdir()):
             if unfinished := _TMP.match(path.name):
                 _remove(path)
@@ -167,17 +167,17 @@ class Checkpoints:
                 jax is not.
         """
         if self._read_only:
-            raise ValueError(f'{self.directory} was opened read_only: cannot save step {step}')
+            raise ValueError(f"{self.directory} was opened read_only: cannot save step {step}")
         self.wait()
         meta = json.loads(json.dumps(meta, allow_nan=False))
-        trees = {'state': _leaves(state), 'ema': _leaves(ema)}
-        arrays = {item: {name: _key_data(leaf) for name, leaf in leaves.items()}
-                  for item, leaves in trees.items()}
+        trees = {"state": _leaves(state), "ema": _leaves(ema)}
+        arrays = {item: {name: _key_data(leaf) for name, leaf in leaves.items()} for item, leaves in trees.items()}
         for item, leaves in arrays.items():
             for name, array in leaves.items():
                 if array.dtype != (canonical := jax.dtypes.canonicalize_dtype(array.dtype)):
-                    raise ValueError(f'{_shown(item, name)} is {array.dtype} and would come back '
-                                     f'as {canonical}; convert it first')
+                    raise ValueError(
+                        f"{_shown(item, name)} is {array.dtype} and would come back as {canonical}; convert it first"
+                    )
         need = _OVERHEAD_BYTES + sum(a.nbytes for item in arrays.values() for a in item.values())
         if _is_primary():
             _remove(self.directory / _TRASH)
@@ -185,25 +185,30 @@ class Checkpoints:
         if step in steps and force:
             return
         if steps and step <= steps[-1] and not force:
-            raise RunError(f'cannot save step {step}: step {steps[-1]} is there; {self.directory}; '
-                           'choose another --workdir or remove newer steps')
+            raise RunError(
+                f"cannot save step {step}: step {steps[-1]} is there; {self.directory}; "
+                "choose another --workdir or remove newer steps"
+            )
         if free is not None and free < need:
-            raise self._failure(step, need, OSError(errno.ENOSPC, 'disk full'))
+            raise self._failure(step, need, OSError(errno.ENOSPC, "disk full"))
 
         hosts = _to_host(arrays)
         digests = {item: _records(trees[item], hosts[item]) for item in trees}
-        digests |= {'step': step, 'meta': _json_digest(meta)}
-        digests |= {'sha256': _json_digest(digests)}
+        digests |= {"step": step, "meta": _json_digest(meta)}
+        digests |= {"sha256": _json_digest(digests)}
         # Where a host copy exists Orbax gets just the bytes that were digested; it also refuses
         # arrays of a mesh that spans this host alone while others run, which is what pmap makes.
         items = {item: ocp.args.PyTreeSave(_nest(hosts[item])) for item in trees if hosts[item]}
         try:
-            saved = self._open().save(step, force=True, args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(meta), digests=ocp.args.JsonSave(digests), **items))
+            saved = self._open().save(
+                step,
+                force=True,
+                args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), digests=ocp.args.JsonSave(digests), **items),
+            )
         except Exception as error:
             raise self._failure(step, need, error) from error
         if not saved:
-            raise self._failure(step, need, RuntimeError('refused by the checkpoint manager'))
+            raise self._failure(step, need, RuntimeError("refused by the checkpoint manager"))
         self._saving = (step, need)
 
     def check(self) -> None:
@@ -223,7 +228,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(step, need, error) from error
         if _is_primary() and step not in self.steps():
-            raise self._failure(step, need, RuntimeError('it was not committed'))
+            raise self._failure(step, need, RuntimeError("it was not committed"))
 
     def close(self) -> None:
         """Waits for the running save and releases the threads; raises RunError if it failed."""
@@ -250,13 +255,12 @@ class Checkpoints:
             UserError: names, shapes or dtypes differ from the target; no intact step is left;
                 `step` is missing or damaged.
         """
-        wanted = {item: _leaves(target.get(item, {})) for item in ('state', 'ema')}
+        wanted = {item: _leaves(target.get(item, {})) for item in ("state", "ema")}
 
         def read(path: pathlib.Path):
             digests, meta = _read_index(path)
             _compare(wanted, digests, path)
-            items = {item: _read_item(path, item, digests[item])
-                     for item in wanted if wanted[item]}
+            items = {item: _read_item(path, item, digests[item]) for item in wanted if wanted[item]}
             return digests, meta, items
 
         found = self._newest(step, read)
@@ -266,10 +270,12 @@ class Checkpoints:
         trees = {}
         for item, leaves in wanted.items():
             records = digests[item]
-            placed = [_place(items[item][name], getattr(leaf, 'sharding', None), records[name])
-                      for name, leaf in leaves.items()]
+            placed = [
+                _place(items[item][name], getattr(leaf, "sharding", None), records[name])
+                for name, leaf in leaves.items()
+            ]
             trees[item] = jax.tree.unflatten(jax.tree.structure(target.get(item, {})), placed)
-        return Restored(number, trees['state'], trees['ema'], meta)
+        return Restored(number, trees["state"], trees["ema"], meta)
 
     def restore_ema(
         self, *, step: int | None = None, decay: str | None = None, raw: bool = False
@@ -290,16 +296,17 @@ class Checkpoints:
 
         def read(path: pathlib.Path):
             digests, meta = _read_index(path)
-            item, name = ('state', 'params') if raw else ('ema', decay)
-            kept = {top.split('/')[0] for top in digests[item]}
+            item, name = ("state", "params") if raw else ("ema", decay)
+            kept = {top.split("/")[0] for top in digests[item]}
             if name is None and kept:
                 name = max(kept, key=float)
             if name not in kept:
-                missing = 'params' if raw else f'EMA {name}' if name else 'EMA'
-                has = f'; it has {", ".join(sorted(kept))}' if kept else ''
-                raise UserError(f'checkpoint has no {missing}{has}; {path}; '
-                                'choose another decay, or the raw parameters')
-            records = {k: r for k, r in digests[item].items() if k.split('/')[0] == name}
+                missing = "params" if raw else f"EMA {name}" if name else "EMA"
+                has = f"; it has {', '.join(sorted(kept))}" if kept else ""
+                raise UserError(
+                    f"checkpoint has no {missing}{has}; {path}; choose another decay, or the raw parameters"
+                )
+            records = {k: r for k, r in digests[item].items() if k.split("/")[0] == name}
             return _nest(_read_item(path, item, records))[name], meta
 
         number, (params, meta) = self._required(step, read)
@@ -316,19 +323,16 @@ class Checkpoints:
     def _required(self, step: int | None, read: Callable[[pathlib.Path], Any]) -> tuple[int, Any]:
         found = self._newest(step, read)
         if found is None:
-            raise UserError(f'there is no checkpoint; {self.directory}; train first, or pass '
-                            'another --workdir')
+            raise UserError(f"there is no checkpoint; {self.directory}; train first, or pass another --workdir")
         return found
 
-    def _newest(
-        self, step: int | None, read: Callable[[pathlib.Path], Any]
-    ) -> tuple[int, Any] | None:
+    def _newest(self, step: int | None, read: Callable[[pathlib.Path], Any]) -> tuple[int, Any] | None:
         """(step, read(its directory)) for the newest intact step; None where never was one."""
         self.wait()
         steps, quarantined = _from_primary([self.steps(), _entries(self.directory / _CORRUPT)])
         if step is not None and step not in steps:
-            has = ', '.join(map(str, steps)) or 'none'
-            raise UserError(f'there is no step {step}; {self.directory}; it has {has}')
+            has = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"there is no step {step}; {self.directory}; it has {has}")
         damaged = []
         for number in reversed(steps) if step is None else [step]:
             value, problem = None, None
@@ -337,18 +341,22 @@ class Checkpoints:
             except _Damaged as error:
                 problem = str(error)
             if not _on_any_process(problem is not None):
-                self._warn_damaged(damaged, f'; using step {number}')
+                self._warn_damaged(damaged, f"; using step {number}")
                 return number, value
-            problem = problem or 'another process could not read it'
+            problem = problem or "another process could not read it"
             if step is not None:
-                raise UserError(f'step {step} is damaged ({problem}); {self.directory}; choose '
-                                'another step, or none to take the newest intact one')
-            place = '' if self._read_only else f': moved to {self._quarantine(number)}'
-            damaged.append(f'step {number} is damaged ({problem}){place}')
-        self._warn_damaged(damaged, '')
+                raise UserError(
+                    f"step {step} is damaged ({problem}); {self.directory}; choose "
+                    "another step, or none to take the newest intact one"
+                )
+            place = "" if self._read_only else f": moved to {self._quarantine(number)}"
+            damaged.append(f"step {number} is damaged ({problem}){place}")
+        self._warn_damaged(damaged, "")
         if damaged or quarantined:
-            raise UserError(f'no intact checkpoint is left; {self.directory}; bring one back from '
-                            'a copy, or start in another --workdir')
+            raise UserError(
+                f"no intact checkpoint is left; {self.directory}; bring one back from "
+                "a copy, or start in another --workdir"
+            )
         return None
 
     def _warn_damaged(self, lines: list[str], ending: str) -> None:
@@ -359,12 +367,12 @@ class Checkpoints:
     def _quarantine(self, step: int) -> str:
         """Moves a step out of the way: Orbax would refuse to save at or below it, silently."""
         self._release()
-        name = f'{_CORRUPT}/{step}'
+        name = f"{_CORRUPT}/{step}"
         if _is_primary():
             again = 0
             while (self.directory / name).exists():
                 again += 1
-                name = f'{_CORRUPT}/{step}.{again}'
+                name = f"{_CORRUPT}/{step}.{again}"
             (self.directory / _CORRUPT).mkdir(exist_ok=True)
             (self.directory / str(step)).rename(self.directory / name)
         return _from_primary(name)
@@ -395,16 +403,15 @@ class Checkpoints:
             self._release()
         free = _free_bytes(self.directory)
         if _is_primary():
-            for path in self.directory.glob(f'{step}.orbax-checkpoint-tmp*'):
+            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 _remove(path)
-        if getattr(error, 'errno', None) == errno.ENOSPC or re.search(
-                'RESOURCE_EXHAUSTED|No space left', str(error)):
-            reason = f'disk full (need {_megabytes(need)}, {_megabytes(free or 0)} free)'
+        if getattr(error, "errno", None) == errno.ENOSPC or re.search("RESOURCE_EXHAUSTED|No space left", str(error)):
+            reason = f"disk full (need {_megabytes(need)}, {_megabytes(free or 0)} free)"
         else:
-            reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         older = [s for s in self.steps() if s != step]
-        intact = f'step {older[-1]} is intact' if older else 'no step is saved yet'
-        return RunError(f'cannot save step {step}: {reason}; {intact}')
+        intact = f"step {older[-1]} is intact" if older else "no step is saved yet"
+        return RunError(f"cannot save step {step}: {reason}; {intact}")
 
 
 def verify(directory: str | os.PathLike[str]) -> list[tuple[int, str | None]]:
@@ -417,14 +424,14 @@ def verify(directory: str | os.PathLike[str]) -> list[tuple[int, str | None]]:
     """
     checkpoints = Checkpoints(directory, read_only=True)
     if not checkpoints.steps():
-        raise UserError(f'there is no checkpoint; {checkpoints.directory}; pass another --workdir')
+        raise UserError(f"there is no checkpoint; {checkpoints.directory}; pass another --workdir")
     report = []
     for step in checkpoints.steps():
         path = checkpoints.directory / str(step)
         problem = None
         try:
             digests, _ = _read_index(path)
-            for item in ('state', 'ema'):
+            for item in ("state", "ema"):
                 _read_item(path, item, digests[item])
         except _Damaged as error:
             problem = str(error)
@@ -444,33 +451,32 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
     if not _is_primary():
         yield
         return
-    path = pathlib.Path(workdir) / '.lock'
+    path = pathlib.Path(workdir) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open('a+')
+        file = path.open("a+")
     except OSError as error:
-        raise UserError(f'cannot write to workdir ({error.strerror}); {workdir}; '
-                        'choose another --workdir') from error
+        raise UserError(f"cannot write to workdir ({error.strerror}); {workdir}; choose another --workdir") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f'cannot lock workdir ({error.strerror}); {workdir}; choose a '
-                                '--workdir on another file system') from error
+                raise UserError(
+                    f"cannot lock workdir ({error.strerror}); {workdir}; choose a --workdir on another file system"
+                ) from error
             file.seek(0)
-            holder = file.read().strip() or 'another run'
-            raise UserError(f'workdir is in use by {holder}; {workdir}; wait for it or choose '
-                            'another --workdir') from None
+            holder = file.read().strip() or "another run"
+            raise UserError(
+                f"workdir is in use by {holder}; {workdir}; wait for it or choose another --workdir"
+            ) from None
         file.truncate(0)
-        file.write(f'pid {os.getpid()} on host {socket.gethostname()}\n')
+        file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def config_difference(
-    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Iterable[str] = ()
-) -> list[str]:
+def config_difference(saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """One line for each field in which two configs differ, as JSON sees them.
 
     Args:
@@ -485,26 +491,24 @@ def config_difference(
     ignore = tuple(ignore)
     lines = []
     for name in sorted(before.keys() | after.keys()):
-        if any(name == prefix or name.startswith(f'{prefix}.') for prefix in ignore):
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in ignore):
             continue
         if name not in after:
-            lines.append(f'checkpoint was trained with {name}={before[name]!r}, '
-                         'config has no such field')
+            lines.append(f"checkpoint was trained with {name}={before[name]!r}, config has no such field")
         elif name not in before:
-            lines.append(f'checkpoint was trained without {name}, config says {after[name]!r}')
+            lines.append(f"checkpoint was trained without {name}, config says {after[name]!r}")
         elif before[name] != after[name]:
-            lines.append(f'checkpoint was trained with {name}={before[name]!r}, '
-                         f'config says {after[name]!r}')
+            lines.append(f"checkpoint was trained with {name}={before[name]!r}, config says {after[name]!r}")
     return lines
 
 
-def _fields(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     fields = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            fields |= _fields(value, f'{prefix}{key}.')
+            fields |= _fields(value, f"{prefix}{key}.")
         else:
-            fields[f'{prefix}{key}'] = _tuples(value)
+            fields[f"{prefix}{key}"] = _tuples(value)
     return fields
 
 
@@ -523,7 +527,7 @@ def _from_primary(value: Any) -> Any:
     sent = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(sent.size)))
     buffer = np.zeros(size, np.uint8)
-    buffer[:sent.size] = sent[:size]
+    buffer[: sent.size] = sent[:size]
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
@@ -556,7 +560,7 @@ def _free_bytes(path: pathlib.Path) -> int | None:
 
 
 def _megabytes(count: int) -> str:
-    return f'{count / 1e6:.1f} MB' if count < 1e9 else f'{count / 1e9:.1f} GB'
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -564,16 +568,16 @@ def _leaves(tree: Any) -> dict[str, Any]:
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        if any('/' in part or not part for part in parts):
+        if any("/" in part or not part for part in parts):
             raise ValueError(f'a name in the tree is empty or has a "/": {parts}')
-        leaves['/'.join(parts)] = leaf
+        leaves["/".join(parts)] = leaf
     return leaves
 
 
 def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        *parents, last = name.split('/')
+        *parents, last = name.split("/")
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
@@ -582,7 +586,7 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(item: str, name: str) -> str:
-    return (name if item == 'state' else f'{item}/{name}').replace('/', '.')
+    return (name if item == "state" else f"{item}/{name}").replace("/", ".")
 
 
 def _is_key(leaf: Any) -> bool:
@@ -591,22 +595,28 @@ def _is_key(leaf: Any) -> bool:
 
 def _key_data(leaf: Any) -> Any:
     """An array of plain numbers: typed PRNG keys become their uint32 words."""
-    if not hasattr(leaf, 'dtype'):
+    if not hasattr(leaf, "dtype"):
         return np.asarray(leaf)
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _to_host(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Host copies; an array of which other hosts hold a part stays what it is."""
-    here = {item: {name: not isinstance(array, jax.Array)
-                   or array.is_fully_addressable or array.is_fully_replicated
-                   for name, array in arrays.items()} for item, arrays in items.items()}
+    here = {
+        item: {
+            name: not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+            for name, array in arrays.items()
+        }
+        for item, arrays in items.items()
+    }
     for item, arrays in items.items():
         for name, array in arrays.items():
             if here[item][name] and isinstance(array, jax.Array):
                 array.copy_to_host_async()
-    return {item: {name: np.asarray(array) if here[item][name] else array
-                   for name, array in arrays.items()} for item, arrays in items.items()}
+    return {
+        item: {name: np.asarray(array) if here[item][name] else array for name, array in arrays.items()}
+        for item, arrays in items.items()
+    }
 
 
 def _records(leaves: Mapping[str, Any], hosts: Mapping[str, Any]) -> dict[str, Record]:
@@ -615,10 +625,10 @@ def _records(leaves: Mapping[str, Any], hosts: Mapping[str, Any]) -> dict[str, R
         digests = pool.map(_digest, hosts.values())
     records = {}
     for (name, leaf), host, digest in zip(leaves.items(), hosts.values(), digests, strict=True):
-        leaf = leaf if hasattr(leaf, 'dtype') else host
+        leaf = leaf if hasattr(leaf, "dtype") else host
         records[name] = dict(sha256=digest, dtype=str(leaf.dtype), shape=list(leaf.shape))
         if _is_key(leaf):
-            records[name]['key_impl'] = str(jax.random.key_impl(leaf))
+            records[name]["key_impl"] = str(jax.random.key_impl(leaf))
     return records
 
 
@@ -629,20 +639,20 @@ def _digest(array: Any) -> str | None:
 
 
 def _json_digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(',', ':'))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_index(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(digests, meta) of a step, each checked; raises _Damaged."""
-    digests, meta = (_read_json(path, item) for item in ('digests', 'meta'))
-    own = digests.pop('sha256', None) if isinstance(digests, dict) else None
+    digests, meta = (_read_json(path, item) for item in ("digests", "meta"))
+    own = digests.pop("sha256", None) if isinstance(digests, dict) else None
     if own != _json_digest(digests):
-        raise _Damaged('digests: digest mismatch')
-    if digests['meta'] != _json_digest(meta):
-        raise _Damaged('meta: digest mismatch')
-    if str(digests['step']) != path.name:
-        raise _Damaged(f'it holds step {digests["step"]}')
+        raise _Damaged("digests: digest mismatch")
+    if digests["meta"] != _json_digest(meta):
+        raise _Damaged("meta: digest mismatch")
+    if str(digests["step"]) != path.name:
+        raise _Damaged(f"it holds step {digests['step']}")
     return digests, meta
 
 
@@ -650,12 +660,10 @@ def _read_json(path: pathlib.Path, item: str) -> Any:
     try:
         return ocp.JsonCheckpointHandler().restore(path / item)
     except Exception as error:
-        raise _Damaged(f'{item}: {_reason(error)}') from error
+        raise _Damaged(f"{item}: {_reason(error)}") from error
 
 
-def _read_item(
-    path: pathlib.Path, item: str, records: Mapping[str, Record]
-) -> dict[str, np.ndarray]:
+def _read_item(path: pathlib.Path, item: str, records: Mapping[str, Record]) -> dict[str, np.ndarray]:
     """The arrays named by `records`, each equal to its digest; raises _Damaged naming one."""
     if not records:
         return {}
@@ -666,18 +674,17 @@ def _read_item(
         try:
             arrays = _read_arrays(path / item, records)
         except Exception as error:
-            problem = f'{item}: {_reason(error)}'
+            problem = f"{item}: {_reason(error)}"
         if problem:
             problem = _unreadable_leaf(path, item, records) or problem
             gc.collect()  # asyncio reports a lost task when it is collected: now, and unheard.
             raise _Damaged(problem)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = dict(zip(arrays, pool.map(_digest, arrays.values()), strict=True))
-    wrong = [name for name, record in records.items()
-             if record['sha256'] not in (None, digests[name])]
+    wrong = [name for name, record in records.items() if record["sha256"] not in (None, digests[name])]
     if wrong:
-        more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
-        raise _Damaged(f'{_shown(item, wrong[0])}{more}: digest mismatch')
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise _Damaged(f"{_shown(item, wrong[0])}{more}: digest mismatch")
     return arrays
 
 
@@ -686,19 +693,20 @@ def _unreadable_leaf(path: pathlib.Path, item: str, names: Iterable[str]) -> str
         try:
             _read_arrays(path / item, [name])
         except Exception as error:
-            return f'{_shown(item, name)}: {_reason(error)}'
+            return f"{_shown(item, name)}: {_reason(error)}"
     return None
 
 
 @contextlib.contextmanager
 def _quiet_asyncio() -> Iterator[None]:
     """Hides the tracebacks of sibling reads when one has failed, which is reported as one line."""
-    logger, hook = logging.getLogger('asyncio'), sys.unraisablehook
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     disabled = logger.disabled
 
     def hide(unraisable):
-        if 'Event loop is closed' not in str(unraisable.exc_value):
+        if "Event loop is closed" not in str(unraisable.exc_value):
             hook(unraisable)
+
     logger.disabled, sys.unraisablehook = True, hide
     try:
         yield
@@ -711,16 +719,17 @@ def _read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarr
     args = _nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
     item = _nest({name: 0 for name in names})
     tree = ocp.PyTreeCheckpointHandler().restore(
-        path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True))
+        path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+    )
     arrays = _leaves(tree)
     return {name: np.asarray(arrays[name]) for name in names}
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return 'file missing'
-    text = next(iter(str(error).splitlines()), '')
-    return f'unreadable ({text[:120] or type(error).__name__})'
+        return "file missing"
+    text = next(iter(str(error).splitlines()), "")
+    return f"unreadable ({text[:120] or type(error).__name__})"
 
 
 def _compare(
@@ -730,34 +739,31 @@ def _compare(
 ) -> None:
     """Raises UserError where the target differs: Orbax would cast a dtype without a word."""
     problems = []
-    if wanted['ema'] and not digests['ema']:
-        problems.append('checkpoint has no EMA, config asks for one')
-        wanted = {'state': wanted['state']}
+    if wanted["ema"] and not digests["ema"]:
+        problems.append("checkpoint has no EMA, config asks for one")
+        wanted = {"state": wanted["state"]}
     for item, leaves in wanted.items():
         saved = digests[item] if leaves else {}
         for name in saved.keys() | leaves.keys():
             shown = _shown(item, name)
             if name not in saved:
-                problems.append(f'checkpoint has no {shown}, config builds one')
+                problems.append(f"checkpoint has no {shown}, config builds one")
             elif name not in leaves:
-                problems.append(f'checkpoint has {shown}, config builds none')
+                problems.append(f"checkpoint has {shown}, config builds none")
             else:
                 want, record = leaves[name], saved[name]
-                have = tuple(record['shape']), record['dtype']
-                for what, a, b in zip(('shape', 'dtype'), have, (want.shape, str(want.dtype)),
-                                      strict=True):
+                have = tuple(record["shape"]), record["dtype"]
+                for what, a, b in zip(("shape", "dtype"), have, (want.shape, str(want.dtype)), strict=True):
                     if a != b:
-                        problems.append(f'checkpoint has {shown} of {what} {_compact(a)}, '
-                                        f'config says {_compact(b)}')
+                        problems.append(f"checkpoint has {shown} of {what} {_compact(a)}, config says {_compact(b)}")
     if problems:
         problems.sort()
-        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
-        raise UserError(f'{", ".join(problems[:3])}{more}; {path}; '
-                        'use the config that it was trained with')
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{', '.join(problems[:3])}{more}; {path}; use the config that it was trained with")
 
 
 def _compact(value: Any) -> str:
-    return str(value).replace(' ', '')
+    return str(value).replace(" ", "")
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None, record: Record) -> jax.Array:
@@ -765,6 +771,6 @@ def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None, record: Re
         placed = jax.device_put(array, sharding)
     else:
         placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    if 'key_impl' in record:
-        return jax.random.wrap_key_data(placed, impl=record['key_impl'])
+    if "key_impl" in record:
+        return jax.random.wrap_key_data(placed, impl=record["key_impl"])
     return placed

@@ -31,7 +31,7 @@ def from_uint8(x: np.ndarray) -> np.ndarray:
     """Bytes as float32 in [-1, 1]: x / 127.5 - 1."""
     x = np.asarray(x)
     if x.dtype != np.uint8:
-        raise ValueError(f'from_uint8 takes uint8, got {x.dtype}')
+        raise ValueError(f"from_uint8 takes uint8, got {x.dtype}")
     return x.astype(np.float32) / np.float32(127.5) - 1
 
 
@@ -44,7 +44,7 @@ def check_finite(images: np.ndarray, first_index: int = 0) -> None:
     """
     finite = np.isfinite(np.asarray(images)).reshape(len(images), -1).all(1)
     if not finite.all():
-        raise RunError(f'sample {first_index + int(np.argmin(finite))} is not finite; not written')
+        raise RunError(f"sample {first_index + int(np.argmin(finite))} is not finite; not written")
 
 
 def grid(
@@ -69,13 +69,15 @@ def grid(
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f'grid takes uint8 [N, H, W, 1 or 3], got {images.dtype} {images.shape}')
+        raise ValueError(f"grid takes uint8 [N, H, W, 1 or 3], got {images.dtype} {images.shape}")
     count, height, width, _ = images.shape
     if not images.size or columns < 1 or (scale is not None and scale < 1) or pad < 0:
-        raise ValueError(f'grid needs an image, columns >= 1, scale >= 1 and pad >= 0, got '
-                         f'{images.shape}, {columns}, {scale} and {pad}')
+        raise ValueError(
+            f"grid needs an image, columns >= 1, scale >= 1 and pad >= 0, got "
+            f"{images.shape}, {columns}, {scale} and {pad}"
+        )
     if labels is not None and len(labels) != count:
-        raise ValueError(f'there are {count} images and {len(labels)} labels')
+        raise ValueError(f"there are {count} images and {len(labels)} labels")
     columns = min(columns, count)
     scale = scale or max(1, round(_TILE / min(height, width)))
     images = np.broadcast_to(images, (count, height, width, 3))
@@ -91,17 +93,16 @@ def grid(
     sheet = np.full((rows * cell[0] + pad, columns * cell[1] + pad, 3), 255, np.uint8)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         top, left = (i // columns) * cell[0] + pad, (i % columns) * cell[1] + pad
-        sheet[top:top + height, left:left + width] = image
+        sheet[top : top + height, left : left + width] = image
         if label:
-            sheet[top + height:top + height + text, left:left + width] = _caption(
-                label, font, (width, text))
+            sheet[top + height : top + height + text, left : left + width] = _caption(label, font, (width, text))
     return sheet
 
 
 def _caption(label: str, font: ImageFont.FreeTypeFont, size: tuple[int, int]) -> np.ndarray:
     """Black text on white [h, w, 3], centred, cut at the end if it does not fit."""
-    strip = Image.new('L', size, 255)
-    label = ' '.join(label.split())
+    strip = Image.new("L", size, 255)
+    label = " ".join(label.split())
     draw = ImageDraw.Draw(strip)
     left = max(0, (size[0] - round(draw.textlength(label, font=font))) // 2)
     draw.text((left, 0), label, fill=0, font=font)
@@ -115,18 +116,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         RunError: it cannot be written; an older file at `path` stays.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open('wb') as file:
+        with temporary.open("wb") as file:
             write(file)
         temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise RunError(f'cannot write {path.name}: {error.strerror or error}; {path.parent}; '
-                           'free the space or choose another --workdir') from error
+            raise RunError(
+                f"cannot write {path.name}: {error.strerror or error}; {path.parent}; "
+                "free the space or choose another --workdir"
+            ) from error
         raise
 
 
@@ -135,9 +138,9 @@ def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
     array = np.asarray(array)
     known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
     if array.dtype != np.uint8 or not known:
-        raise ValueError(f'save_png takes uint8 [H, W, 1 or 3], got {array.dtype} {array.shape}')
+        raise ValueError(f"save_png takes uint8 [H, W, 1 or 3], got {array.dtype} {array.shape}")
     image = Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
-    write_atomically(path, lambda file: image.save(file, format='PNG'))
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -152,29 +155,27 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         with Image.open(path) as image:
             pixels = image.width * image.height
             if pixels > _MAX_PIXELS:  # Before decoding: the header alone is read so far.
-                raise UserError(f'image is {pixels / 1e6:.0f} MP, limit {_MAX_PIXELS // 10**6} MP; '
-                                f'{path}; make it smaller')
+                raise UserError(
+                    f"image is {pixels / 1e6:.0f} MP, limit {_MAX_PIXELS // 10**6} MP; {path}; make it smaller"
+                )
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            elif image.mode.startswith('I'):
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            elif image.mode.startswith("I"):
                 # Pillow's own conversion clips 16-bit greys to 255.
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return np.array(image.convert('RGB'))
+            return np.array(image.convert("RGB"))
     except FileNotFoundError:
-        raise UserError(f'there is no image; {path}; check the path') from None
+        raise UserError(f"there is no image; {path}; check the path") from None
     except UserError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files.
-        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
-        raise UserError(f'cannot read image ({reason}); {path}; '
-                        'use a PNG, JPEG or WebP file') from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"cannot read image ({reason}); {path}; use a PNG, JPEG or WebP file") from error
 
 
-def save_npz(
-    directory: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | None = None
-) -> pathlib.Path:
+def save_npz(directory: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | None = None) -> pathlib.Path:
     """Writes `samples_{N}x{H}x{W}x3.npz` in ADM's layout, which its evaluation suites read.
 
     Args:
@@ -187,17 +188,15 @@ def save_npz(
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f'save_npz takes uint8 [N, H, W, 1 or 3], got {images.dtype} '
-                         f'{images.shape}')
+        raise ValueError(f"save_npz takes uint8 [N, H, W, 1 or 3], got {images.dtype} {images.shape}")
     images = np.broadcast_to(images, (*images.shape[:3], 3))
-    arrays = {'arr_0': images}
+    arrays = {"arr_0": images}
     if labels is not None:
         labels = np.asarray(labels)
-        if labels.shape != (len(images),) or labels.dtype.kind not in 'iu':
-            raise ValueError(f'labels must be int [{len(images)}], got {labels.dtype} '
-                             f'{labels.shape}')
-        arrays['arr_1'] = labels.astype(np.int64)
-    path = pathlib.Path(directory) / f'samples_{"x".join(map(str, images.shape))}.npz'
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise ValueError(f"labels must be int [{len(images)}], got {labels.dtype} {labels.shape}")
+        arrays["arr_1"] = labels.astype(np.int64)
+    path = pathlib.Path(directory) / f"samples_{'x'.join(map(str, images.shape))}.npz"
     write_atomically(path, lambda file: np.savez(file, **arrays))
     return path
 
@@ -210,25 +209,22 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | Non
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            images = file['arr_0']
-            labels = file['arr_1'] if 'arr_1' in file.files else None
+            images = file["arr_0"]
+            labels = file["arr_1"] if "arr_1" in file.files else None
     except FileNotFoundError:
-        raise UserError(f'there is no sample file; {path}; check the path') from None
+        raise UserError(f"there is no sample file; {path}; check the path") from None
     except Exception as error:  # zipfile, zlib and numpy raise many types on damaged files.
-        raise UserError(f'cannot read sample file ({type(error).__name__}); {path}; '
-                        'expected an .npz with arr_0, no pickles') from error
+        raise UserError(
+            f"cannot read sample file ({type(error).__name__}); {path}; expected an .npz with arr_0, no pickles"
+        ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f'arr_0 is {images.dtype} {images.shape}; {path}; expected uint8 '
-                        '[N, H, W, 3]')
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in 'iu'):
-        raise UserError(f'arr_1 is {labels.dtype} {labels.shape}; {path}; expected int '
-                        f'[{len(images)}]')
+        raise UserError(f"arr_0 is {images.dtype} {images.shape}; {path}; expected uint8 [N, H, W, 3]")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise UserError(f"arr_1 is {labels.dtype} {labels.shape}; {path}; expected int [{len(images)}]")
     return images, None if labels is None else labels.astype(np.int64)
 
 
-def loss_curve(
-    path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], keys: Sequence[str]
-) -> None:
+def loss_curve(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> None:
     """Draws metrics against the step as a PNG: faint as logged, bold smoothed.
 
     The axis is logarithmic where every shown value is positive.
@@ -244,36 +240,36 @@ def loss_curve(
     rows = list(rows)
     curves = {}
     for key in keys:
-        points = [(r['step'], r[key]) for r in rows if r.get(key) is not None]
+        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
         if points:
             curves[key] = np.array(points, np.float64).T
     if not curves:
-        raise UserError(f'no metrics to draw among {", ".join(keys)}; {path}; train longer or '
-                        'log more often')
+        raise UserError(f"no metrics to draw among {', '.join(keys)}; {path}; train longer or log more often")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout='constrained')
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     logarithmic = all((values > 0).all() for _, values in curves.values())
     for key, (steps, values) in curves.items():
         smooth = _smooth(np.log(values) if logarithmic else values)
-        line, = axes.plot(steps, np.exp(smooth) if logarithmic else smooth, label=key, linewidth=2)
-        axes.plot(steps, values, color=line.get_color(), alpha=.25, linewidth=1,
-                  marker='.' if len(steps) < 50 else None)
-    axes.set_yscale('log' if logarithmic else 'linear')
-    axes.set_xlabel('step')
-    axes.set_ylabel(next(iter(curves)) if len(curves) == 1 else 'value')
-    axes.grid(alpha=.3, which='both')
+        (line,) = axes.plot(steps, np.exp(smooth) if logarithmic else smooth, label=key, linewidth=2)
+        axes.plot(
+            steps, values, color=line.get_color(), alpha=0.25, linewidth=1, marker="." if len(steps) < 50 else None
+        )
+    axes.set_yscale("log" if logarithmic else "linear")
+    axes.set_xlabel("step")
+    axes.set_ylabel(next(iter(curves)) if len(curves) == 1 else "value")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format='png'))
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a twentieth of the curve; the ends use what there is."""
     half = len(values) // 40
-    total = np.concatenate([[0.], np.cumsum(values)])
+    total = np.concatenate([[0.0], np.cumsum(values)])
     i = np.arange(len(values))
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)

@@ -40,11 +40,7 @@ def mean_flat(a: Array) -> Array:
 
 def normal_kl(p: Gaussian, q: Gaussian) -> Array:
     """KL(p || q) of diagonal normals, element-wise, in nats."""
-    return 0.5 * (
-        jnp.expm1(p.logvar - q.logvar)
-        + (q.logvar - p.logvar)
-        + (p.mean - q.mean) ** 2 * jnp.exp(-q.logvar)
-    )
+    return 0.5 * (jnp.expm1(p.logvar - q.logvar) + (q.logvar - p.logvar) + (p.mean - q.mean) ** 2 * jnp.exp(-q.logvar))
 
 
 def approx_standard_normal_cdf(z: Array) -> Array:

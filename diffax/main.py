@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import absl.logging
 
-from diffax import checkpoint, config as configs, data, evaluate, images, parallel, pipeline, stages, train
+from diffax import checkpoint, data, evaluate, images, parallel, pipeline, stages, train
+from diffax import config as configs
 from diffax.errors import RunError, UserError
 
 EXIT_FAILED, EXIT_USER, EXIT_PREEMPTED = 1, 2, 75
@@ -193,7 +194,7 @@ def help_text() -> str:
 
 
 def use_all_cores() -> None:
-    """One CPU device per core (a power of two), unless the user chose: element-wise work of one device uses one core."""
+    """One CPU device per core (a power of two), unless the user chose: one device computes little on all cores."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

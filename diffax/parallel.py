@@ -107,9 +107,7 @@ def put(where: Layout, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """
     if where.mode == "pmap":
         local = where.mesh.size
-        return {
-            k: jax.device_put(v.reshape(local, -1, *v.shape[1:]), where.by_example) for k, v in batch.items()
-        }
+        return {k: jax.device_put(v.reshape(local, -1, *v.shape[1:]), where.by_example) for k, v in batch.items()}
     return {k: jax.make_array_from_process_local_data(where.by_example, v) for k, v in batch.items()}
 
 

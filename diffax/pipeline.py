@@ -141,8 +141,10 @@ class SampleFn:
             outside = [int(v) for v in np.ravel(arrays["label"]) if not 0 <= v < classes]
             if outside:
                 raise UserError(f"label {outside[0]} is out of range; sample_fn; labels are 0 to {classes - 1}")
-        full = {k: np.broadcast_to(a, (n, *a.shape[-single[k] or a.ndim :])) if k not in lengths else a
-                for k, a in arrays.items()}
+        full = {
+            k: np.broadcast_to(a, (n, *a.shape[-single[k] or a.ndim :])) if k not in lengths else a
+            for k, a in arrays.items()
+        }
         return full, n
 
 
@@ -156,7 +158,9 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no trained model; {workdir} has no config.json; train first, or pass another workdir") from None
+        raise UserError(
+            f"there is no trained model; {workdir} has no config.json; train first, or pass another workdir"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config ({error}); {path}; restore it or train again") from error
 
@@ -191,9 +195,7 @@ def load(
         average = decay or next((str(d) for d in config[name]["train"]["ema"]), None)
         folder = pathlib.Path(workdir) / name / "checkpoints"
         with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-            steps[name], params[name], _ = checkpoints.restore_ema(
-                step=step, decay=average, raw=raw or average is None
-            )
+            steps[name], params[name], _ = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
         built.append(stage)
     return SampleFn(tuple(built), params, config, steps)
 

@@ -118,9 +118,7 @@ PREDICTS = ("eps", "x", "v", "previous_x")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
-def predict(
-    out: Array, z: Array, step: Transition, *, predicts: str, variance: str | float
-) -> Prediction:
+def predict(out: Array, z: Array, step: Transition, *, predicts: str, variance: str | float) -> Prediction:
     """Turns a network's output into a prediction.
 
     The variance of the reverse step lies between the posterior's (fraction 0) and the forward step's (fraction 1) on a

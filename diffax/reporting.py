@@ -13,23 +13,23 @@ from typing import Any, TextIO
 
 from diffax.errors import RunError, UserError
 
-_PLAIN_SECONDS = 10.
-_TTY_SECONDS = .1
-_WINDOW_SECONDS = 30.
+_PLAIN_SECONDS = 10.0
+_TTY_SECONDS = 0.1
+_WINDOW_SECONDS = 30.0
 
 
 def duration(seconds: float) -> str:
     """A length of time in its two largest units: '8s', '5m 09s', '3h 07m', '2d 04h'."""
     if not math.isfinite(seconds):
-        return '?'
+        return "?"
     seconds = max(0, round(seconds))
     if seconds < 60:
-        return f'{seconds}s'
+        return f"{seconds}s"
     if seconds < 3600:
-        return f'{seconds // 60}m {seconds % 60:02d}s'
+        return f"{seconds // 60}m {seconds % 60:02d}s"
     if seconds < 86400:
-        return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
-    return f'{seconds // 86400}d {seconds % 86400 // 3600:02d}h'
+        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"
 
 
 class Reporter:
@@ -69,30 +69,29 @@ class Reporter:
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._shown_at = -math.inf
         self._shown_step: int | None = None
-        self._open_line = ''
+        self._open_line = ""
         self._file = self._board = None
         if not primary:
             return
         self._board = self._open_board(start_step) if tensorboard else None
-        path = self._directory / 'metrics.jsonl'
+        path = self._directory / "metrics.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _truncate(path, start_step)
-            self._file = path.open('a', encoding='utf-8')
+            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise RunError(f'cannot write metrics: {error.strerror}; {path}; '
-                           'choose another --workdir') from error
+            raise RunError(f"cannot write metrics: {error.strerror}; {path}; choose another --workdir") from error
 
     def _open_board(self, start_step: int) -> Any:
         try:
             import tensorboardX
         except ImportError:
-            raise UserError('TensorBoard is asked for and tensorboardX is not installed; '
-                            'tensorboard; pip install diffax[log]') from None
-        return tensorboardX.SummaryWriter(str(self._directory / 'tensorboard'),
-                                          purge_step=start_step + 1)
+            raise UserError(
+                "TensorBoard is asked for and tensorboardX is not installed; tensorboard; pip install diffax[log]"
+            ) from None
+        return tensorboardX.SummaryWriter(str(self._directory / "tensorboard"), purge_step=start_step + 1)
 
-    def __enter__(self) -> 'Reporter':
+    def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *unused) -> None:
@@ -111,15 +110,16 @@ class Reporter:
         if not self._primary:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-        row = {'step': int(step), 'time': now}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = {"step": int(step), "time": now}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + '\n')
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise RunError(f'cannot write metrics at step {step}: {error.strerror}; '
-                           f'{self._file.name}; free the space') from error
+            raise RunError(
+                f"cannot write metrics at step {step}: {error.strerror}; {self._file.name}; free the space"
+            ) from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -143,28 +143,28 @@ class Reporter:
             self._marks.popleft()
         due = now - self._shown_at >= (_TTY_SECONDS if self._tty else _PLAIN_SECONDS)
         if due or (step >= self._total and step != self._shown_step):
-            shown = values if loss is None else {'loss': loss, **values}
+            shown = values if loss is None else {"loss": loss, **values}
             self._show(self._line(step, shown))
             self._shown_at, self._shown_step = now, step
 
     def _line(self, step: int, values: Mapping[str, float]) -> str:
         percent = 100 * step // max(self._total, 1)
-        parts = [self._directory.name, f'step {step:,}/{self._total:,}', f'{percent} %']
-        parts += [f'{name} {value:.4g}' for name, value in values.items()]
+        parts = [self._directory.name, f"step {step:,}/{self._total:,}", f"{percent} %"]
+        parts += [f"{name} {value:.4g}" for name, value in values.items()]
         (t0, first), (t1, last) = self._marks[0], self._marks[-1]
         if last > first and t1 > t0:
             speed = (last - first) / (t1 - t0)
-            parts.append(f'{speed:.1f} steps/s' if speed >= 1 else f'{1 / speed:.1f} s/step')
+            parts.append(f"{speed:.1f} steps/s" if speed >= 1 else f"{1 / speed:.1f} s/step")
             if step < self._total:
-                parts.append(f'ETA {duration((self._total - step) / speed)}')
-        return '  '.join(parts)
+                parts.append(f"ETA {duration((self._total - step) / speed)}")
+        return "  ".join(parts)
 
     def _show(self, line: str) -> None:
         if not self._tty:
             print(line, file=self._stream, flush=True)
             return
         # Blanks cover what a longer line before left behind.
-        self._stream.write('\r' + line.ljust(len(self._open_line)))
+        self._stream.write("\r" + line.ljust(len(self._open_line)))
         self._stream.flush()
         self._open_line = line
 
@@ -173,16 +173,16 @@ class Reporter:
         if not self._primary:
             return
         if self._open_line:
-            self._stream.write('\r' + ' ' * len(self._open_line) + '\r')
-            self._open_line = ''
+            self._stream.write("\r" + " " * len(self._open_line) + "\r")
+            self._open_line = ""
         print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the progress line and closes the files; a second call does nothing."""
         if self._open_line:
-            self._stream.write('\n')
+            self._stream.write("\n")
             self._stream.flush()
-            self._open_line = ''
+            self._open_line = ""
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
@@ -200,24 +200,23 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     rows = _parse(path)
     if None in rows:
-        raise UserError(f'line {rows.index(None) + 1} is no row of metrics; {path}; '
-                        'remove that line')
+        raise UserError(f"line {rows.index(None) + 1} is no row of metrics; {path}; remove that line")
     return rows
 
 
 def _parse(path: pathlib.Path) -> list[dict[str, Any] | None]:
     """One row for each whole line; None for a damaged one."""
     try:
-        lines = path.read_bytes().split(b'\n')
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f'cannot read metrics ({error.strerror}); {path}; check the path') from None
+        raise UserError(f"cannot read metrics ({error.strerror}); {path}; check the path") from None
     rows = []
     for line in lines[:-1]:
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        rows.append(row if isinstance(row, dict) and isinstance(row.get('step'), int) else None)
+        rows.append(row if isinstance(row, dict) and isinstance(row.get("step"), int) else None)
     return rows
 
 
@@ -227,9 +226,9 @@ def _truncate(path: pathlib.Path, start_step: int) -> None:
         return
     kept: list[dict[str, Any]] = []
     for row in _parse(path):
-        if row and row['step'] <= start_step and (not kept or kept[-1]['step'] < row['step']):
+        if row and row["step"] <= start_step and (not kept or kept[-1]["step"] < row["step"]):
             kept.append(row)
-    text = ''.join(json.dumps(row) + '\n' for row in kept)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    temporary.write_text(text, encoding='utf-8')
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -101,9 +101,7 @@ def const_betas(steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) ->
     return np.full(steps, beta_end, dtype=np.float64)
 
 
-def warmup_betas(
-    steps: int, beta_start: float = 1e-4, beta_end: float = 0.02, *, fraction: float
-) -> np.ndarray:
+def warmup_betas(steps: int, beta_start: float = 1e-4, beta_end: float = 0.02, *, fraction: float) -> np.ndarray:
     """A linear ramp over the first `fraction` of the steps, then `beta_end`; [T] float64 (DDPM's code, `warmup10`)."""
     betas = np.full(steps, beta_end, dtype=np.float64)
     ramp = int(steps * fraction)
@@ -207,9 +205,7 @@ def cosine_logsnr(logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> Schedu
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
-def transitions(
-    schedule: Schedule, u: np.ndarray, *, end: NoiseLevel | None = None, dtype=np.float32
-) -> Transition:
+def transitions(schedule: Schedule, u: np.ndarray, *, end: NoiseLevel | None = None, dtype=np.float32) -> Transition:
     """The reverse steps through the levels schedule(u[0]), schedule(u[1]), ... down to clean data.
 
     Computed on the host in float64 and cast once. Every quantity follows from the levels alone, so a chain that skips
@@ -301,7 +297,9 @@ def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> np.ndarr
     for i, count in enumerate(counts):
         length = size + (i < extra)
         if not 1 <= count <= length:
-            raise ValueError(f"cannot keep {count} of the {length} steps of section {i}; steps are {sections!r} of {steps}")
+            raise ValueError(
+                f"cannot keep {count} of the {length} steps of section {i}; steps are {sections!r} of {steps}"
+            )
         stride = (length - 1) / (count - 1) if count > 1 else 1
         position = 0.0  # accumulated, not multiplied: the published lists depend on the rounding of the sum
         for _ in range(count):
@@ -315,9 +313,7 @@ def _count(text: str, sections: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(
-            f"steps must be '', 'N', 'N,N,...', 'ddimN' or 'fast27'; got {sections!r}"
-        ) from None
+        raise ValueError(f"steps must be '', 'N', 'N,N,...', 'ddimN' or 'fast27'; got {sections!r}") from None
 
 
 def respaced(schedule: Schedule, steps: int, sections: str | int | Sequence[int] = "") -> Transition:

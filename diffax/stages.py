@@ -156,8 +156,8 @@ class Objective(NamedTuple):
     Attributes:
       init: key -> params.
       init_extra: () -> whatever else belongs to the training state (a history of losses, or nothing).
-      loss: (params, extra, batch, keys [n], position [n], total) -> (loss [n], metrics, feedback): the loss of each of n
-        examples, which stand at `position` among the `total` of the global batch; metrics {name: (sum, count)};
+      loss: (params, extra, batch, keys [n], position [n], total) -> (loss [n], metrics, feedback): the loss of each of
+        n examples, which stand at `position` among the `total` of the global batch; metrics {name: (sum, count)};
         feedback, a tree of arrays [n].
       update_extra: (extra, feedback of the whole global batch) -> extra.
     """
@@ -184,8 +184,10 @@ def objective(stage: Stage) -> Objective:
         return jax.tree.map(lambda a: jnp.asarray(a)[index], steps)
 
     def loss(params, extra, batch, keys, position, total):
-        keys = {name: jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i, name in
-                enumerate(("noise", "timestep", "dropout"))}
+        keys = {
+            name: jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys)
+            for i, name in enumerate(("noise", "timestep", "dropout"))
+        }
         x = batch["image"].astype(jnp.float32)
         u, weight = stage.timesteps.draw(extra, keys["timestep"], position, total)
         eps = jax.vmap(lambda k: jax.random.normal(k, stage.shape))(keys["noise"])
@@ -195,7 +197,7 @@ def objective(stage: Stage) -> Objective:
             noised.z,
             noised.step.t.time,
             {k: batch[k] for k in stage.takes},
-            train=True, rngs={"dropout": keys["dropout"][0]},
+            dropout_keys=keys["dropout"],
         )
         value, terms = stage.loss(out, noised, predicts=stage.predicts, variance=stage.variance)
         metrics = {}

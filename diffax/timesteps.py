@@ -69,9 +69,7 @@ class LossHistory:
     counts: Array
 
 
-def loss_second_moment(
-    steps: int, *, history: int = 10, uniform_prob: float = 0.001
-) -> TimestepSampler:
+def loss_second_moment(steps: int, *, history: int = 10, uniform_prob: float = 0.001) -> TimestepSampler:
     """Steps drawn in proportion to sqrt(E[L_t^2]), the loss weighted by 1 / (T p_t) (Improved DDPM, equation 18).
 
     The expectation is taken over the last `history` losses of each step; until every step has that many, the draw is
@@ -96,7 +94,9 @@ def loss_second_moment(
             row, count = state.values[i], state.counts[i]
             full = count == history
             row = jnp.where(full, jnp.roll(row, -1), row).at[jnp.minimum(count, history - 1)].set(value)
-            return LossHistory(state.values.at[i].set(row), state.counts.at[i].set(jnp.minimum(count + 1, history))), None
+            return LossHistory(
+                state.values.at[i].set(row), state.counts.at[i].set(jnp.minimum(count + 1, history))
+            ), None
 
         return jax.lax.scan(push, state, (index, loss))[0]
 

@@ -29,9 +29,7 @@ SPECS = [
     for name, (_, variants) in configs.available().items()
     for variant in ("", *variants, *(f"{v},tiny" for v in variants if v != "tiny"))
 ]
-FIELDS = {f"config.{p}": f for p, f in TOP.items()} | {
-    f"config.base.{p}": f for p, f in STAGE.items()
-}
+FIELDS = {f"config.{p}": f for p, f in TOP.items()} | {f"config.base.{p}": f for p, f in STAGE.items()}
 
 
 def one_line(call, *args, **kwargs) -> str:
@@ -557,9 +555,7 @@ def test_fields_that_go_together(changes):
 def test_batch_that_cannot_be_divided(batch, accumulate, devices, processes, words):
     config = defaults()
     config.base.train.update(batch_size=batch, accumulate=accumulate)
-    message = one_line(
-        configs.validate, config, device_count=devices, process_count=processes
-    )
+    message = one_line(configs.validate, config, device_count=devices, process_count=processes)
     assert words in message and "config.base.train.batch_size" in message
 
 

@@ -37,9 +37,7 @@ def root(tmp_path_factory):
 def small():
     """Datasets of hundreds, not thousands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            builders.Shapes, "ranges", {"train": range(150), "test": range(10**6, 10**6 + 30)}
-        )
+        patch.setattr(builders.Shapes, "ranges", {"train": range(150), "test": range(10**6, 10**6 + 30)})
         patch.setattr(builders.Photos, "counts", {"train": 40, "test": 20})
         yield
 
@@ -59,9 +57,7 @@ def test_digits_are_those_of_scikit_learn(root):
     assert len(both) == 1797
     got = sorted((int(r["label"]), r["image"].tobytes()) for r in both)
     levels = (images * (255 / 16)).round().astype(np.uint8)
-    want = sorted(
-        (int(label), level.tobytes()) for label, level in zip(labels, levels, strict=True)
-    )
+    want = sorted((int(label), level.tobytes()) for label, level in zip(labels, levels, strict=True))
     assert got == want
 
 
@@ -202,9 +198,7 @@ def test_caption_names_every_attribute():
         values = scene.attributes
         words = f"a {values['size']} {values['colour']} {values['shape']}"
         if values["relation"] != "none":
-            words += (
-                f" {values['relation']} a {values['size2']} {values['colour2']} {values['shape2']}"
-            )
+            words += f" {values['relation']} a {values['size2']} {values['colour2']} {values['shape2']}"
         assert scene.caption == words
         assert all(value in shapes.ATTRIBUTES[key] for key, value in values.items())
         assert values.keys() == shapes.ATTRIBUTES.keys()
@@ -313,9 +307,7 @@ def test_train_and_test_photos_come_from_opposite_sides(monkeypatch, tmp_path):
     """Photos that are red in one part tell where a crop was taken."""
     ramp = np.zeros((427, 640, 3), np.uint8)
     ramp[:, 384:, 0] = 255
-    monkeypatch.setattr(
-        "sklearn.datasets.load_sample_images", lambda: type("Bunch", (), {"images": [ramp, ramp]})
-    )
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: type("Bunch", (), {"images": [ramp, ramp]}))
     monkeypatch.setattr(builders.Photos, "counts", {"train": 400, "test": 400})
     reds = {
         split: [r["image"][..., 0] for r in load(str(tmp_path), "photos", 16, split=split)]
@@ -329,10 +321,7 @@ def test_train_and_test_photos_come_from_opposite_sides(monkeypatch, tmp_path):
 
 def cifar_archive(path, records=7):
     rng = np.random.default_rng(0)
-    data = {
-        f"data_batch_{i}.bin": rng.integers(0, 256, (records, 3073), dtype=np.uint8)
-        for i in range(1, 6)
-    }
+    data = {f"data_batch_{i}.bin": rng.integers(0, 256, (records, 3073), dtype=np.uint8) for i in range(1, 6)}
     data["test_batch.bin"] = rng.integers(0, 256, (3, 3073), dtype=np.uint8)
     with tarfile.open(path, "w:gz") as tar:
         for name, rows in data.items():
@@ -353,9 +342,7 @@ def add(tar, name, content=b"", **fields):
 def expect(monkeypatch, builder, **paths):
     """Makes a builder expect these files in place of the published ones."""
     files = {
-        key: archives.Archive(
-            "http://localhost:1/" + path.name, hashlib.md5(path.read_bytes()).hexdigest()
-        )
+        key: archives.Archive("http://localhost:1/" + path.name, hashlib.md5(path.read_bytes()).hexdigest())
         for key, path in paths.items()
     }
     monkeypatch.setattr(builder, "files", files)
@@ -369,9 +356,7 @@ def test_cifar10_from_its_binary_archive(tmp_path, monkeypatch):
     train = load(str(tmp_path / "d"), "cifar10", 32, **kwargs)
     test = load(str(tmp_path / "d"), "cifar10", 32, split="test", **kwargs)
     assert [len(train), len(test), train.class_names[3]] == [35, 3, "cat"]
-    for record, row in zip(
-        train, np.concatenate([data[f"data_batch_{i}.bin"] for i in range(1, 6)]), strict=True
-    ):
+    for record, row in zip(train, np.concatenate([data[f"data_batch_{i}.bin"] for i in range(1, 6)]), strict=True):
         assert record["label"] == row[0]
         assert record["image"][2, 5].tolist() == [row[1 + c * 1024 + 2 * 32 + 5] for c in range(3)]
 
@@ -392,11 +377,7 @@ def test_mnist_from_its_idx_files(tmp_path, monkeypatch):
     expect(
         monkeypatch,
         builders.Mnist,
-        **{
-            f"{s}_{k}": downloads / f"{s}_{k}.gz"
-            for s in ("train", "test")
-            for k in ("images", "labels")
-        },
+        **{f"{s}_{k}": downloads / f"{s}_{k}.gz" for s in ("train", "test") for k in ("images", "labels")},
     )
     for split in ("train", "test"):
         source = load(str(tmp_path), "mnist", 28, 1, split=split)
@@ -408,9 +389,7 @@ def test_mnist_from_its_idx_files(tmp_path, monkeypatch):
 def test_published_checksums_are_as_published():
     assert archives.CIFAR10.md5 == "c32a1d4ab5d03f1284b67883e8d87530"
     assert archives.CIFAR10.file_name == "cifar-10-binary.tar.gz"
-    assert sorted(archives.MNIST) == sorted(
-        f"{s}_{k}" for s in ("train", "test") for k in ("images", "labels")
-    )
+    assert sorted(archives.MNIST) == sorted(f"{s}_{k}" for s in ("train", "test") for k in ("images", "labels"))
 
 
 def test_archive_with_another_checksum_is_refused(tmp_path):
@@ -444,9 +423,7 @@ def test_hostile_tars_are_refused_and_leave_nothing(tmp_path, name, fields, text
         add(tar, name, **fields)
     with pytest.raises(UserError, match=f"archive refused: member .*{text}"):
         list(archives.read_cifar10(str(path), "train"))
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [
-        "in/side/x.tar.gz"
-    ]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["in/side/x.tar.gz"]
 
 
 def test_tar_bombs_are_refused(tmp_path, monkeypatch):
@@ -569,9 +546,7 @@ def test_download_that_fails_says_what_to_do(tmp_path):
 def test_any_prepared_dataset_is_read_from_its_folder(root):
     want = load(root, "digits", 8, 1)
     for path in ("diffax_digits/8/1.0.0", "diffax_digits/8"):
-        got = load_source(
-            DATA | {"name": "tfds", "path": os.path.join(root, path)}, shape=(8, 8, 1)
-        )
+        got = load_source(DATA | {"name": "tfds", "path": os.path.join(root, path)}, shape=(8, 8, 1))
         assert len(got) == len(want) and got.class_names == want.class_names
         np.testing.assert_array_equal(got[7]["image"], want[7]["image"])
         assert got[7]["label"] == want[7]["label"]
@@ -593,8 +568,7 @@ def test_tfrecord_says_how_to_convert(root, tmp_path):
             (tmp_path / name).write_text(text.replace("array_record", "tfrecord"))
     with pytest.raises(
         UserError,
-        match="stored as tfrecord.*tfds convert_format "
-        "--dataset_version_dir=.* --out_file_format=array_record",
+        match="stored as tfrecord.*tfds convert_format --dataset_version_dir=.* --out_file_format=array_record",
     ):
         load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 1))
 

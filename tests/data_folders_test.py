@@ -32,9 +32,7 @@ def write(root, name, colour="red", kind=None, size=(12, 10)):
 
 
 def load(path, name="folder", split="train", channels=3):
-    return load_source(
-        DATA | {"name": name, "path": str(path), "split": split}, shape=(8, 8, channels)
-    )
+    return load_source(DATA | {"name": name, "path": str(path), "split": split}, shape=(8, 8, channels))
 
 
 def test_labels_are_the_sorted_sub_folders(tmp_path):
@@ -140,9 +138,7 @@ def test_captions_from_metadata(tmp_path):
     assert source.keys == ("caption",)
     assert [record["caption"] for record in source] == ["a red field", "blue"]
     assert [record["image"][0, 0].tolist() for record in source] == [[255, 0, 0], [0, 0, 255]]
-    (batch,) = batches(
-        source, DATA, shape=(8, 8, 3), batch_size=2, seed=0, keys=("caption",), train=False
-    )
+    (batch,) = batches(source, DATA, shape=(8, 8, 3), batch_size=2, seed=0, keys=("caption",), train=False)
     assert batch["caption"].tolist() == ["a red field", "blue"]
 
 
@@ -197,9 +193,7 @@ def test_listed_image_that_is_not_there_is_skipped(tmp_path, caplog):
     write(tmp_path, "1.png")
     rows = [{"file_name": name, "text": name} for name in ("1.png", "2.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stream = batches(
-        load(tmp_path, "captions"), DATA, shape=(8, 8, 3), batch_size=2, seed=0, keys=("caption",)
-    )
+    stream = batches(load(tmp_path, "captions"), DATA, shape=(8, 8, 3), batch_size=2, seed=0, keys=("caption",))
     for batch in itertools.islice(stream, 2):
         assert batch["caption"].tolist() == ["1.png", "1.png"]
     assert [r.getMessage() for r in caplog.records] == [

@@ -28,9 +28,7 @@ def picture(height, width, channels=3, seed=0):
 
 def png_header(width, height):
     def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -140,10 +138,7 @@ def test_random_crop_is_a_window_of_each_allowed_scale():
 def test_random_crop_reaches_all_borders():
     ramp = np.zeros((40, 60, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(60), np.arange(40)[:, None]
-    crops = [
-        image_ops.random_crop(ramp, 40, 40, np.random.default_rng(seed), min_fraction=1.0)
-        for seed in range(200)
-    ]
+    crops = [image_ops.random_crop(ramp, 40, 40, np.random.default_rng(seed), min_fraction=1.0) for seed in range(200)]
     assert {crop[0, 0, 0] for crop in crops} == set(range(21))
     assert {crop[0, 0, 1] for crop in crops} == {0}
 
@@ -209,9 +204,7 @@ def test_one_bit_images():
     assert image_ops.decode(encoded(image), channels=1)[0, :, 0].tolist() == [255, 0]
 
 
-@pytest.mark.parametrize(
-    "orientation, corner", [(1, (0, 0)), (3, (1, 1)), (6, (0, 1)), (8, (1, 0))]
-)
+@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (1, 1)), (6, (0, 1)), (8, (1, 0))])
 def test_exif_orientation_turns_the_image(orientation, corner):
     """`corner` is where a camera's top left pixel belongs, in halves of the upright image."""
     image = np.zeros((16, 32, 3), np.uint8)

@@ -35,9 +35,7 @@ def toy(size, bad=()):
         pixels = np.random.default_rng(i).integers(0, 256, (9, 8, 3), dtype=np.uint8)
         return {"image": pixels, "label": np.int32(i % 7), "caption": f"number {i}"}
 
-    return Source(
-        "toy", size, read, ("label", "caption"), tuple("abcdefg"), "img/{:05d}.png".format
-    )
+    return Source("toy", size, read, ("label", "caption"), tuple("abcdefg"), "img/{:05d}.png".format)
 
 
 def take(count, source, *, data=(), **kwargs):
@@ -94,19 +92,14 @@ def test_processes_share_the_same_global_batch(processes, train):
         )
         for p in range(processes)
     ]
-    joined = [
-        {key: np.concatenate([part[k][key] for part in parts]) for key in whole[k]}
-        for k in range(len(whole))
-    ]
+    joined = [{key: np.concatenate([part[k][key] for part in parts]) for key in whole[k]} for k in range(len(whole))]
     assert_same(whole, joined)
 
 
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_resumed_stream_equals_the_straight_one(step):
     straight = take(10, toy(23), data=RANDOM, batch_size=8)
-    assert_same(
-        straight[step:], take(10 - step, toy(23), data=RANDOM, batch_size=8, start_step=step)
-    )
+    assert_same(straight[step:], take(10 - step, toy(23), data=RANDOM, batch_size=8, start_step=step))
 
 
 def test_far_step_is_reached_at_once():
@@ -158,10 +151,7 @@ def test_one_pass_is_in_order_unaugmented_and_ends_with_a_short_batch():
 
 
 def test_every_process_gets_as_many_batches_in_one_pass():
-    parts = [
-        take(99, toy(17), batch_size=8, train=False, process_index=p, process_count=4)
-        for p in range(4)
-    ]
+    parts = [take(99, toy(17), batch_size=8, train=False, process_index=p, process_count=4) for p in range(4)]
     assert [[len(batch["index"]) for batch in part] for part in parts] == [
         [2, 2, 1],
         [2, 2, 0],
@@ -176,9 +166,7 @@ def test_bad_record_is_replaced_by_the_next_good_one_and_named_once(caplog):
     good = take(6, toy(20), batch_size=10)
     some = take(6, toy(20, bad={12, 13}), batch_size=10)
     for a, b in zip(good, some, strict=True):
-        np.testing.assert_array_equal(
-            b["index"], np.where((a["index"] == 12) | (a["index"] == 13), 14, a["index"])
-        )
+        np.testing.assert_array_equal(b["index"], np.where((a["index"] == 12) | (a["index"] == 13), 14, a["index"]))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert all(f"({n} bad so far, limit 100)" in line for n, line in enumerate(lines, 1))
@@ -191,14 +179,9 @@ def test_bad_record_is_replaced_by_the_next_good_one_and_named_once(caplog):
 def test_bad_records_are_skipped_alike_by_any_number_of_processes():
     bad = {0, 5, 19}
     whole = take(4, toy(20, bad), data=RANDOM, batch_size=8)
-    parts = [
-        take(4, toy(20, bad), data=RANDOM, batch_size=8, process_index=p, process_count=2)
-        for p in range(2)
-    ]
+    parts = [take(4, toy(20, bad), data=RANDOM, batch_size=8, process_index=p, process_count=2) for p in range(2)]
     for k in range(4):
-        np.testing.assert_array_equal(
-            whole[k]["image"], np.concatenate([part[k]["image"] for part in parts])
-        )
+        np.testing.assert_array_equal(whole[k]["image"], np.concatenate([part[k]["image"] for part in parts]))
 
 
 def test_more_bad_records_than_allowed_end_the_run():

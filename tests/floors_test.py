@@ -108,8 +108,10 @@ def violations(module: str, source: str, package: str = "diffax") -> list[str]:
     for node in ast.walk(tree):
         if module != "parallel" and isinstance(node, ast.Attribute) and node.attr in DEVICES:
             value = node.value
-            if isinstance(value, ast.Name) and value.id in ("jax", "sharding") or (
-                isinstance(value, ast.Attribute) and value.attr in ("sharding", "experimental")
+            if (
+                isinstance(value, ast.Name)
+                and value.id in ("jax", "sharding")
+                or (isinstance(value, ast.Attribute) and value.attr in ("sharding", "experimental"))
             ):
                 found.append(f"{module} names devices: {node.attr}")
     return found

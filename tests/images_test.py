@@ -27,28 +27,28 @@ def test_bytes_survive_the_round_trip():
 
 
 def test_to_uint8_clips_and_truncates():
-    x = np.array([-5, -1, -.999, 0, .5, .9999, 1, 5], np.float32)
+    x = np.array([-5, -1, -0.999, 0, 0.5, 0.9999, 1, 5], np.float32)
     want = np.clip((x.astype(np.float64) + 1) * 127.5, 0, 255).astype(int)
     assert want.tolist() == [0, 0, 0, 127, 191, 254, 255, 255]
     np.testing.assert_array_equal(images.to_uint8(x), want)
     assert images.to_uint8(x).dtype == np.uint8
-    with pytest.raises(ValueError, match='takes uint8, got float32'):
+    with pytest.raises(ValueError, match="takes uint8, got float32"):
         images.from_uint8(x)
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_check_finite_names_the_sample(bad):
     x = np.zeros((4, 2, 2, 3), np.float32)
     images.check_finite(x, 0)
     x[1, 0, 1, 2] = x[3, 0, 0, 0] = bad
-    with pytest.raises(RunError, match='^sample 1 is not finite; not written$'):
+    with pytest.raises(RunError, match="^sample 1 is not finite; not written$"):
         images.check_finite(x)
-    with pytest.raises(RunError, match='^sample 33 is not finite; not written$'):
+    with pytest.raises(RunError, match="^sample 33 is not finite; not written$"):
         images.check_finite(x, 32)
 
 
-@pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize(('count', 'columns', 'rows'), [(1, 8, 1), (5, 2, 3), (6, 3, 2), (3, 1, 3)])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 8, 1), (5, 2, 3), (6, 3, 2), (3, 1, 3)])
 def test_grid_holds_every_tile_in_order(channels, count, columns, rows):
     tiles = RNG.integers(0, 256, (count, 5, 7, channels), np.uint8)
     sheet = images.grid(tiles, columns, pad=2, scale=3)
@@ -57,7 +57,7 @@ def test_grid_holds_every_tile_in_order(channels, count, columns, rows):
     assert sheet.shape == (rows * (15 + 2) + 2, columns * (21 + 2) + 2, 3)
     for i, tile in enumerate(tiles):
         top, left = (i // columns) * 17 + 2, (i % columns) * 23 + 2
-        cut = sheet[top:top + 15, left:left + 21]
+        cut = sheet[top : top + 15, left : left + 21]
         np.testing.assert_array_equal(cut[1::3, 1::3], np.broadcast_to(tile, (5, 7, 3)))
         assert (cut == np.kron(tile, np.ones((3, 3, 1), np.uint8))).all()
     assert (sheet[:2] == 255).all() and (sheet[:, :2] == 255).all()
@@ -66,88 +66,94 @@ def test_grid_holds_every_tile_in_order(channels, count, columns, rows):
 def test_grid_labels_lie_under_their_tiles():
     tiles = np.zeros((3, 64, 64, 3), np.uint8)
     plain = images.grid(tiles, 2)
-    labelled = images.grid(tiles, 2, ['seven', None, 'a label that is far too long for its tile'])
+    labelled = images.grid(tiles, 2, ["seven", None, "a label that is far too long for its tile"])
     assert labelled.shape[1] == plain.shape[1]
     text = (labelled.shape[0] - plain.shape[0]) // 2
     assert 8 <= text <= 20
-    strips = [labelled[66:66 + text, 2:66], labelled[66:66 + text, 68:132],
-              labelled[66 + text + 66:66 + text + 66 + text, 2:66]]
+    strips = [
+        labelled[66 : 66 + text, 2:66],
+        labelled[66 : 66 + text, 68:132],
+        labelled[66 + text + 66 : 66 + text + 66 + text, 2:66],
+    ]
     assert (strips[0] < 128).any() and (strips[1] == 255).all() and (strips[2] < 128).any()
-    assert (labelled[132 + text:, 68:] == 255).all()
+    assert (labelled[132 + text :, 68:] == 255).all()
     np.testing.assert_array_equal(images.grid(tiles, 2, [None] * 3), plain)
 
 
-@pytest.mark.parametrize(('side', 'tile'), [(8, 48), (28, 56), (32, 64), (64, 64), (256, 256)])
+@pytest.mark.parametrize(("side", "tile"), [(8, 48), (28, 56), (32, 64), (64, 64), (256, 256)])
 def test_small_images_are_enlarged(side, tile):
     sheet = images.grid(np.zeros((1, side, side, 1), np.uint8), 1, pad=0)
     assert sheet.shape == (tile, tile, 3)
 
 
-@pytest.mark.parametrize(('array', 'columns', 'labels', 'message'), [
-    (np.zeros((1, 4, 4, 3), np.float32), 1, None, 'takes uint8'),
-    (np.zeros((1, 4, 4, 4), np.uint8), 1, None, 'takes uint8'),
-    (np.zeros((4, 4, 3), np.uint8), 1, None, 'takes uint8'),
-    (np.zeros((0, 4, 4, 3), np.uint8), 1, None, 'needs an image'),
-    (np.zeros((1, 4, 4, 3), np.uint8), 0, None, 'columns >= 1'),
-    (np.zeros((2, 4, 4, 3), np.uint8), 1, ['a'], '2 images and 1 labels'),
-])
+@pytest.mark.parametrize(
+    ("array", "columns", "labels", "message"),
+    [
+        (np.zeros((1, 4, 4, 3), np.float32), 1, None, "takes uint8"),
+        (np.zeros((1, 4, 4, 4), np.uint8), 1, None, "takes uint8"),
+        (np.zeros((4, 4, 3), np.uint8), 1, None, "takes uint8"),
+        (np.zeros((0, 4, 4, 3), np.uint8), 1, None, "needs an image"),
+        (np.zeros((1, 4, 4, 3), np.uint8), 0, None, "columns >= 1"),
+        (np.zeros((2, 4, 4, 3), np.uint8), 1, ["a"], "2 images and 1 labels"),
+    ],
+)
 def test_bad_grids(array, columns, labels, message):
     with pytest.raises(ValueError, match=message):
         images.grid(array, columns, labels)
 
 
-@pytest.mark.parametrize('shape', [(5, 7), (5, 7, 1), (5, 7, 3)])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
 def test_png_round_trip(tmp_path, shape):
     array = RNG.integers(0, 256, shape, np.uint8)
-    path = tmp_path / 'new' / 'picture.png'
+    path = tmp_path / "new" / "picture.png"
     images.save_png(path, array)
     rgb = np.broadcast_to(array.reshape(5, 7, -1), (5, 7, 3))
     np.testing.assert_array_equal(images.read_image(path), rgb)
-    assert os.listdir(path.parent) == ['picture.png']
+    assert os.listdir(path.parent) == ["picture.png"]
 
 
 def test_save_png_refuses_other_arrays(tmp_path):
     for array in (np.zeros((2, 2, 3)), np.zeros((2, 2, 4), np.uint8), np.zeros(3, np.uint8)):
-        with pytest.raises(ValueError, match='save_png takes uint8'):
-            images.save_png(tmp_path / 'x.png', array)
+        with pytest.raises(ValueError, match="save_png takes uint8"):
+            images.save_png(tmp_path / "x.png", array)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / 'x.png'
+    path = tmp_path / "x.png"
     images.save_png(path, np.zeros((2, 2), np.uint8))
     old = path.read_bytes()
 
     def fill_up(self, file, format):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(Image.Image, 'save', fill_up)
-    with pytest.raises(RunError, match=r'cannot write x\.png: No space left on device'):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill_up)
+    with pytest.raises(RunError, match=r"cannot write x\.png: No space left on device"):
         images.save_png(path, np.ones((2, 2), np.uint8))
     assert path.read_bytes() == old
-    assert os.listdir(tmp_path) == ['x.png']
+    assert os.listdir(tmp_path) == ["x.png"]
 
 
 def test_read_image_converts_every_mode(tmp_path):
     grey = np.array([[0, 127, 255]], np.uint8)
     expected = {
-        'L': Image.fromarray(grey),
-        'P': Image.fromarray(grey).convert('RGB').quantize(8),
-        'LA': Image.fromarray(np.stack([grey, np.full_like(grey, 255)], -1), 'LA'),
-        'RGBA': Image.fromarray(np.stack([grey] * 3 + [np.full_like(grey, 255)], -1), 'RGBA'),
-        'I;16': Image.fromarray(grey.astype(np.uint16) * 257),
-        '1': Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert('1'),
+        "L": Image.fromarray(grey),
+        "P": Image.fromarray(grey).convert("RGB").quantize(8),
+        "LA": Image.fromarray(np.stack([grey, np.full_like(grey, 255)], -1), "LA"),
+        "RGBA": Image.fromarray(np.stack([grey] * 3 + [np.full_like(grey, 255)], -1), "RGBA"),
+        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+        "1": Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert("1"),
     }
     for mode, image in expected.items():
-        image.save(tmp_path / 'x.png')
-        got = images.read_image(tmp_path / 'x.png')
-        want = [[0, 255, 255]] if mode == '1' else grey
-        np.testing.assert_array_equal(got, np.broadcast_to(np.array(want)[..., None], (1, 3, 3)),
-                                      err_msg=mode)
-    Image.fromarray(np.array([[[10, 20, 30, 0]]], np.uint8), 'RGBA').save(tmp_path / 'x.png')
-    assert images.read_image(tmp_path / 'x.png').tolist() == [[[255, 255, 255]]]
-    Image.new('CMYK', (2, 2)).save(tmp_path / 'x.jpg')
-    assert images.read_image(tmp_path / 'x.jpg').shape == (2, 2, 3)
+        image.save(tmp_path / "x.png")
+        got = images.read_image(tmp_path / "x.png")
+        want = [[0, 255, 255]] if mode == "1" else grey
+        np.testing.assert_array_equal(got, np.broadcast_to(np.array(want)[..., None], (1, 3, 3)), err_msg=mode)
+    Image.fromarray(np.array([[[10, 20, 30, 0]]], np.uint8), "RGBA").save(tmp_path / "x.png")
+    assert images.read_image(tmp_path / "x.png").tolist() == [[[255, 255, 255]]]
+    Image.new("CMYK", (2, 2)).save(tmp_path / "x.jpg")
+    assert images.read_image(tmp_path / "x.jpg").shape == (2, 2, 3)
 
 
 def test_read_image_turns_photos_upright(tmp_path):
@@ -156,97 +162,99 @@ def test_read_image_turns_photos_upright(tmp_path):
     image = Image.fromarray(array)
     exif = image.getexif()
     exif[0x0112] = 6  # Turned by a quarter, clockwise.
-    image.save(tmp_path / 'x.png', exif=exif)
-    got = images.read_image(tmp_path / 'x.png')
+    image.save(tmp_path / "x.png", exif=exif)
+    got = images.read_image(tmp_path / "x.png")
     assert got.shape == (3, 2, 3) and got[0, 1].tolist() == [255] * 3 and got.sum() == 765
 
 
 def test_read_image_errors(tmp_path):
-    with pytest.raises(UserError, match='there is no image; .*none.png'):
-        images.read_image(tmp_path / 'none.png')
-    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\n')
-    with pytest.raises(UserError, match='cannot read image'):
-        images.read_image(tmp_path / 'x.png')
+    with pytest.raises(UserError, match="there is no image; .*none.png"):
+        images.read_image(tmp_path / "none.png")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match="cannot read image"):
+        images.read_image(tmp_path / "x.png")
     buffer = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, 'PNG')
-    (tmp_path / 'x.png').write_bytes(buffer.getvalue()[:500])
-    with pytest.raises(UserError, match='cannot read image'):
-        images.read_image(tmp_path / 'x.png')
+    Image.fromarray(RNG.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+    (tmp_path / "x.png").write_bytes(buffer.getvalue()[:500])
+    with pytest.raises(UserError, match="cannot read image"):
+        images.read_image(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize('side', [8100, 20_000])
+@pytest.mark.parametrize("side", [8100, 20_000])
 def test_huge_images_are_refused_by_their_header(tmp_path, side):
     buffer = io.BytesIO()
-    Image.new('1', (1, 1)).save(buffer, 'PNG')
+    Image.new("1", (1, 1)).save(buffer, "PNG")
     data = bytearray(buffer.getvalue())
-    data[16:24] = side.to_bytes(4, 'big') * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
-    (tmp_path / 'x.png').write_bytes(data)
-    with pytest.raises(UserError, match='MP|exceeds limit'):
-        images.read_image(tmp_path / 'x.png')
+    data[16:24] = side.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(UserError, match="MP|exceeds limit"):
+        images.read_image(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_npz_is_in_the_layout_of_adm(tmp_path, channels):
     x = RNG.integers(0, 256, (5, 4, 6, channels), np.uint8)
     path = images.save_npz(tmp_path, x, np.arange(5, dtype=np.int32))
-    assert path.name == 'samples_5x4x6x3.npz'
+    assert path.name == "samples_5x4x6x3.npz"
     with np.load(path, allow_pickle=False) as file:
-        assert sorted(file.files) == ['arr_0', 'arr_1']
-        assert file['arr_0'].shape == (5, 4, 6, 3) and file['arr_0'].dtype == np.uint8
-        assert file['arr_1'].dtype == np.int64
+        assert sorted(file.files) == ["arr_0", "arr_1"]
+        assert file["arr_0"].shape == (5, 4, 6, 3) and file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].dtype == np.int64
     got, labels = images.load_npz(path)
     np.testing.assert_array_equal(got, np.broadcast_to(x, (5, 4, 6, 3)))
     assert labels.tolist() == [0, 1, 2, 3, 4]
-    assert images.load_npz(images.save_npz(tmp_path / 'new', x))[1] is None
-    assert os.listdir(tmp_path / 'new') == ['samples_5x4x6x3.npz']
+    assert images.load_npz(images.save_npz(tmp_path / "new", x))[1] is None
+    assert os.listdir(tmp_path / "new") == ["samples_5x4x6x3.npz"]
 
 
 def test_npz_refuses_pickles_and_other_files(tmp_path):
     class Trap:
         def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'sprung'),)
-    np.savez(tmp_path / 'x.npz', arr_0=np.array([Trap()], object))
-    (tmp_path / 'pickle.npz').write_bytes(pickle.dumps(Trap()))
-    (tmp_path / 'text.npz').write_text('hello')
-    np.savez(tmp_path / 'other.npz', images=np.zeros(3))
-    for name in ('x', 'pickle', 'text', 'other'):
-        with pytest.raises(UserError, match=r'cannot read sample file \(\w+\); .*no pickles'):
-            images.load_npz(tmp_path / f'{name}.npz')
-    assert not (tmp_path / 'sprung').exists()
-    with pytest.raises(UserError, match='there is no sample file'):
-        images.load_npz(tmp_path / 'none.npz')
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    np.savez(tmp_path / "x.npz", arr_0=np.array([Trap()], object))
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    for name in ("x", "pickle", "text", "other"):
+        with pytest.raises(UserError, match=r"cannot read sample file \(\w+\); .*no pickles"):
+            images.load_npz(tmp_path / f"{name}.npz")
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(UserError, match="there is no sample file"):
+        images.load_npz(tmp_path / "none.npz")
     ok = np.zeros((2, 4, 4, 3), np.uint8)
-    for arrays, message in [(dict(arr_0=ok[0]), 'arr_0 is uint8 (4, 4, 3)'),
-                            (dict(arr_0=ok * 1.), 'arr_0 is float64'),
-                            (dict(arr_0=ok, arr_1=np.zeros(3, int)), 'arr_1 is int64 (3,)')]:
-        np.savez(tmp_path / 'bad.npz', **arrays)
+    for arrays, message in [
+        (dict(arr_0=ok[0]), "arr_0 is uint8 (4, 4, 3)"),
+        (dict(arr_0=ok * 1.0), "arr_0 is float64"),
+        (dict(arr_0=ok, arr_1=np.zeros(3, int)), "arr_1 is int64 (3,)"),
+    ]:
+        np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(UserError, match=re.escape(message)):
-            images.load_npz(tmp_path / 'bad.npz')
+            images.load_npz(tmp_path / "bad.npz")
 
 
 def test_save_npz_refuses_bad_arrays(tmp_path):
     ok = np.zeros((2, 4, 4, 3), np.uint8)
-    with pytest.raises(ValueError, match='save_npz takes uint8'):
+    with pytest.raises(ValueError, match="save_npz takes uint8"):
         images.save_npz(tmp_path, ok.astype(np.float32))
     for labels in (np.zeros(3, int), np.zeros(2)):
-        with pytest.raises(ValueError, match='labels must be int'):
+        with pytest.raises(ValueError, match="labels must be int"):
             images.save_npz(tmp_path, ok, labels)
 
 
 def test_loss_curve_is_drawn_and_follows_the_data(tmp_path):
-    rows = [{'step': i, 'loss': 1 / i, 'gap': None if i % 2 else 3., 'minus': -i}
-            for i in range(1, 200)]
-    path = tmp_path / 'new' / 'loss.png'
-    images.loss_curve(path, rows, ['loss'])
+    rows = [{"step": i, "loss": 1 / i, "gap": None if i % 2 else 3.0, "minus": -i} for i in range(1, 200)]
+    path = tmp_path / "new" / "loss.png"
+    images.loss_curve(path, rows, ["loss"])
     picture = images.read_image(path)
     assert picture.shape == (450, 800, 3)
     blue = (picture[..., 2].astype(int) - picture[..., 0]) > 100
     heights = [np.flatnonzero(column).mean() for column in blue[60:400, 120:780].T if column.any()]
     assert len(heights) > 500 and heights[0] < heights[-1] - 100  # Rows count downwards.
     before = path.read_bytes()
-    images.loss_curve(path, rows, ['loss', 'gap', 'minus', 'absent'])
+    images.loss_curve(path, rows, ["loss", "gap", "minus", "absent"])
     assert path.read_bytes() != before
-    images.loss_curve(path, rows[:1], ['loss'])
-    with pytest.raises(UserError, match='no metrics to draw among absent'):
-        images.loss_curve(path, rows, ['absent'])
+    images.loss_curve(path, rows[:1], ["loss"])
+    with pytest.raises(UserError, match="no metrics to draw among absent"):
+        images.loss_curve(path, rows, ["absent"])

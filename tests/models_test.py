@@ -79,8 +79,8 @@ def test_remat_changes_neither_values_nor_gradients_nor_names():
     params = weights("adm")
 
     def loss(params, network):
-        rngs = {"dropout": jax.random.key(4)}
-        return jnp.sum(network.apply(params, images(), CLOCK, {}, train=True, rngs=rngs) ** 2)
+        keys = jax.random.split(jax.random.key(4), len(CLOCK))
+        return jnp.sum(network.apply(params, images(), CLOCK, {}, dropout_keys=keys) ** 2)
 
     want = jax.jit(jax.value_and_grad(functools.partial(loss, network=plain)))(params)
     got = jax.jit(jax.value_and_grad(functools.partial(loss, network=remat)))(params)
@@ -102,11 +102,18 @@ def test_dropout_acts_in_training_only():
     params, z = weights("improved"), images()
     want = still.apply(params, z, CLOCK, {})
     np.testing.assert_array_equal(network.apply(params, z, CLOCK, {}), want)
-    first, second = (
-        network.apply(params, z, CLOCK, {}, train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)
-    )
+    keys = jax.random.split(jax.random.key(0), (2, len(z)))
+    first, second = (network.apply(params, z, CLOCK, {}, dropout_keys=k) for k in keys)
     assert not np.allclose(first, want, atol=1e-3)
     assert not np.allclose(first, second, atol=1e-3)
+
+
+def test_dropout_of_an_image_depends_on_its_own_key():
+    network, params, z = build(**VARIANTS["improved"], dropout=0.5), weights("improved"), images(3)
+    keys, time = jax.random.split(jax.random.key(0), 3), jnp.array([0.0, 10.0, 999.0])
+    together = network.apply(params, z, time, {}, dropout_keys=keys)
+    alone = network.apply(params, z[1:2], time[1:2], {}, dropout_keys=keys[1:2])
+    np.testing.assert_allclose(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
 class Conditions:

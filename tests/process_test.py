@@ -46,14 +46,15 @@ class ProcessTest(chex.TestCase):
         z = process.diffuse(x, step.t, eps)
         for predicts in process.PREDICTS:
             out = process.target(predicts, x=x, z=z, eps=eps, step=step)
-            p = self.variant(lambda out, z, predicts=predicts: process.predict(
-                out, z, at(T), predicts=predicts, variance="fixed_small"))(out, z)
+            p = self.variant(
+                lambda out, z, predicts=predicts: process.predict(
+                    out, z, at(T), predicts=predicts, variance="fixed_small"
+                )
+            )(out, z)
             # at t = 999 x is 1/160 of z, so x from eps keeps few digits; previous-x divides by 1e-4 at t = 17
             np.testing.assert_allclose(p.x, x, atol=2e-3)
             np.testing.assert_allclose(p.eps, eps, atol=5e-3)
-            np.testing.assert_allclose(
-                process.reverse(p, z, step).mean, process.posterior(x, z, step).mean, atol=1e-4
-            )
+            np.testing.assert_allclose(process.reverse(p, z, step).mean, process.posterior(x, z, step).mean, atol=1e-4)
 
 
 def test_a_level_can_be_a_scalar():

@@ -44,8 +44,15 @@ def regression(poison=None) -> Objective:
 def section(**changes):
     c = config.to_dict(config.config_defaults("test"))["base"]
     c["train"] |= dict(
-        steps=12, batch_size=16, learning_rate=1e-2, warmup_steps=3, clip=1.0, ema=[0.5, 0.9], log_every=4,
-        save_every=100, sample_every=0,
+        steps=12,
+        batch_size=16,
+        learning_rate=1e-2,
+        warmup_steps=3,
+        clip=1.0,
+        ema=[0.5, 0.9],
+        log_every=4,
+        save_every=100,
+        sample_every=0,
     )
     c["train"] |= changes
     return c
@@ -189,10 +196,15 @@ def test_ema_warmup_forgets_the_start():
     assert moved > 0.2 * np.abs(state.params["b"]).max()
 
 
-def test_the_step_compiles_once(tmp_path):
+def test_the_step_compiles_once():
     run = make("jit")
-    step = jax.jit(chex.assert_max_traces(n=1)(functools.partial(
-        train.train_step, objective=regression(), tx=run.tx, schedule=optax.constant_schedule(1.0))))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, batch):
+        rate = optax.constant_schedule(1.0)
+        return train.train_step(state, batch, objective=regression(), tx=run.tx, schedule=rate)
+
     state = run.create()
     for batch in itertools.islice(batches(0), 3):
         state, _ = step(state, batch)

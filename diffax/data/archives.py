@@ -29,9 +29,7 @@ class Archive:
         return self.url.rsplit("/", 1)[-1]
 
 
-CIFAR10 = Archive(
-    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
-)
+CIFAR10 = Archive("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")
 CIFAR10_CLASSES = (
     "airplane",
     "automobile",
@@ -46,18 +44,10 @@ CIFAR10_CLASSES = (
 )
 _MNIST_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 MNIST = {
-    "train_images": Archive(
-        _MNIST_MIRROR + "train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"
-    ),
-    "train_labels": Archive(
-        _MNIST_MIRROR + "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"
-    ),
-    "test_images": Archive(
-        _MNIST_MIRROR + "t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"
-    ),
-    "test_labels": Archive(
-        _MNIST_MIRROR + "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"
-    ),
+    "train_images": Archive(_MNIST_MIRROR + "train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    "train_labels": Archive(_MNIST_MIRROR + "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+    "test_images": Archive(_MNIST_MIRROR + "t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
+    "test_labels": Archive(_MNIST_MIRROR + "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
 }
 # The largest member of any of these archives is MNIST's 47 MB of training images.
 MAX_BYTES = 512 * 10**6
@@ -78,8 +68,7 @@ def fetch(archive: Archive, folder: str) -> str:
     found = _md5(path)
     if found != archive.md5:
         raise UserError(
-            f"archive is damaged: MD5 {found}, expected {archive.md5}; {path}; "
-            "delete the file and run again"
+            f"archive is damaged: MD5 {found}, expected {archive.md5}; {path}; delete the file and run again"
         )
     return path
 
@@ -88,9 +77,7 @@ def _download(archive: Archive, path: str):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(
-        archive.url, headers={"Range": f"bytes={have}-"} if have else {}
-    )
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
             if reply.status != 206:  # the server sends the whole file
@@ -101,8 +88,7 @@ def _download(archive: Archive, path: str):
                     out.write(block)
                     have += len(block)
                     progress(
-                        f"downloading {archive.file_name}: {have / 1e6:.1f} of "
-                        f"{total / 1e6:.1f} MB",
+                        f"downloading {archive.file_name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB",
                         last=False,
                     )
         progress(f"downloaded {archive.url} to {path}", last=True)
@@ -117,8 +103,7 @@ def _download(archive: Archive, path: str):
 def _no_download(archive: Archive, path: str, error: OSError) -> UserError:
     reason = getattr(error, "reason", None) or error
     return UserError(
-        f"cannot download {archive.file_name} ({reason}); {archive.url}; fetch it by "
-        f"hand into {os.path.dirname(path)}"
+        f"cannot download {archive.file_name} ({reason}); {archive.url}; fetch it by hand into {os.path.dirname(path)}"
     )
 
 
@@ -167,11 +152,7 @@ def read_cifar10(path: str, split: str) -> Iterator[tuple[np.ndarray, int]]:
     """
     names = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
     wanted = names[split]
-    batches = {
-        name.rsplit("/", 1)[-1]: data
-        for name, data in tar_members(path)
-        if name.rsplit("/", 1)[-1] in wanted
-    }
+    batches = {name.rsplit("/", 1)[-1]: data for name, data in tar_members(path) if name.rsplit("/", 1)[-1] in wanted}
     for name in wanted:
         data = batches.get(name, b"")
         if not data or len(data) % 3073:

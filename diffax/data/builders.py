@@ -36,9 +36,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def _info(self):
-        image = tfds.features.Image(
-            shape=(self.side, self.side, self.channels), encoding_format="png"
-        )
+        image = tfds.features.Image(shape=(self.side, self.side, self.channels), encoding_format="png")
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.description,
@@ -89,8 +87,7 @@ class Digits(_Builder):
             rank[members] = np.arange(len(members)) * 10 // len(members)
         return {
             split: self._generate_examples(
-                {"image": _enlarge_digit(images[i], self.side), "label": int(labels[i])}
-                for i in np.flatnonzero(mask)
+                {"image": _enlarge_digit(images[i], self.side), "label": int(labels[i])} for i in np.flatnonzero(mask)
             )
             for split, mask in (("train", rank < 9), ("test", rank == 9))
         }
@@ -119,10 +116,7 @@ class Shapes(_Builder):
         }
 
     def _split_generators(self, dl_manager):
-        return {
-            split: self._generate_examples(map(self._example, indices))
-            for split, indices in self.ranges.items()
-        }
+        return {split: self._generate_examples(map(self._example, indices)) for split, indices in self.ranges.items()}
 
     def _example(self, index: int) -> dict:
         scene = shapes.scene(index)
@@ -185,21 +179,15 @@ class _Archived(_Builder, skip_registration=True):
 
     def __init__(self, *, archive_dir: str = "", **kwargs):
         super().__init__(**kwargs)
-        self.archive_dir = os.path.expanduser(archive_dir) or os.path.join(
-            self._data_dir_root, "downloads"
-        )
+        self.archive_dir = os.path.expanduser(archive_dir) or os.path.join(self._data_dir_root, "downloads")
 
     def fetch(self) -> dict[str, str]:
-        return {
-            name: archives.fetch(archive, self.archive_dir) for name, archive in self.files.items()
-        }
+        return {name: archives.fetch(archive, self.archive_dir) for name, archive in self.files.items()}
 
     def _split_generators(self, dl_manager):
         paths = self.fetch()
         return {
-            split: self._generate_examples(
-                {"image": image, "label": label} for image, label in self.read(paths, split)
-            )
+            split: self._generate_examples({"image": image, "label": label} for image, label in self.read(paths, split))
             for split in ("train", "test")
         }
 
@@ -282,9 +270,7 @@ def prepare(name: str, *, side: int, data_dir: str = "", archive_dir: str = ""):
     root = os.path.expanduser(data_dir) or str(tfds.core.constants.DATA_DIR)
 
     def build():
-        return cls(
-            data_dir=root, config=pick_config(cls, side), file_format="array_record", **kwargs
-        )
+        return cls(data_dir=root, config=pick_config(cls, side), file_format="array_record", **kwargs)
 
     try:
         builder = build()
@@ -315,9 +301,7 @@ def _write(builder):
         builder.download_and_prepare(file_format="array_record")
     finally:
         tfds.enable_progress_bar()
-    counts = ", ".join(
-        f"{split.num_examples:,} {name}" for name, split in builder.info.splits.items()
-    )
+    counts = ", ".join(f"{split.num_examples:,} {name}" for name, split in builder.info.splits.items())
     progress(f"prepared {builder.info.full_name}: {counts}", last=True)
 
 

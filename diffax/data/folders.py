@@ -108,16 +108,10 @@ def _existing(path: str) -> str:
 
 
 def _split_folder(root: str, split: str) -> str:
-    folders = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if folders and set(folders) <= set(SPLITS):
         if split not in folders:
-            raise UserError(
-                f"no split {split!r}, there is {', '.join(folders)}; {root}; data.split"
-            )
+            raise UserError(f"no split {split!r}, there is {', '.join(folders)}; {root}; data.split")
         return os.path.join(root, split)
     if split != "train":
         raise UserError(
@@ -162,9 +156,7 @@ def _read_listing(path: str) -> tuple[list[str], list[str]]:
     if not files:
         raise UserError(f'no image listed; {path}; add lines {{"file_name": ..., "text": ...}}')
     if not any(os.path.exists(os.path.join(os.path.dirname(path), file)) for file in files[:100]):
-        raise UserError(
-            f"no such image {_shown(files[0])}; {path}:1; file names are relative to this file"
-        )
+        raise UserError(f"no such image {_shown(files[0])}; {path}:1; file names are relative to this file")
     return files, texts
 
 
@@ -179,9 +171,7 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
             f'not an image and its caption; {where}; write {{"file_name": "1.png", "text": "..."}}'
         ) from None
     if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/") or "\0" in file:
-        raise UserError(
-            f"file name {_shown(file)} leads out of the folder; {where}; use a name relative to it"
-        )
+        raise UserError(f"file name {_shown(file)} leads out of the folder; {where}; use a name relative to it")
     return file, clean_caption(text)
 
 

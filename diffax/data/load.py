@@ -58,14 +58,10 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
     if name == "tfds":
         return _from_tfds(_open_prepared(path), split, channels)
     if "://" in data["data_dir"]:
-        raise UserError(
-            f"not a local folder; data.data_dir={data['data_dir']!r}; prepare on a local disk"
-        )
+        raise UserError(f"not a local folder; data.data_dir={data['data_dir']!r}; prepare on a local disk")
     if name == "shapes":
         return _shapes(data, max(height, width), channels)
-    builder = builders.prepare(
-        name, side=max(height, width), data_dir=data["data_dir"], archive_dir=path
-    )
+    builder = builders.prepare(name, side=max(height, width), data_dir=data["data_dir"], archive_dir=path)
     return _from_tfds(builder, split, channels)
 
 
@@ -73,18 +69,14 @@ def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
     """Shapes without the held-out combinations, or, as split 'holdout', only those of 'train'."""
     holdout = tuple(data.get("holdout", ()))
     for pair in holdout:
-        if pair not in {
-            f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES
-        }:
+        if pair not in {f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES}:
             raise UserError(
                 f"no such combination {pair!r}; data.holdout; write '<colour> <shape>' "
                 f"of {', '.join(shapes.COLOURS)} and {', '.join(shapes.SHAPES)}"
             )
     only = data["split"] == "holdout"
     if only and not holdout:
-        raise UserError(
-            "split 'holdout' is empty; data.holdout; name combinations such as 'red circle'"
-        )
+        raise UserError("split 'holdout' is empty; data.holdout; name combinations such as 'red circle'")
     split = "train" if only else data["split"]
     builder = builders.prepare("shapes", side=side, data_dir=data["data_dir"])
     source = _from_tfds(builder, split, channels)
@@ -92,14 +84,12 @@ def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
         return source
     if split not in builders.Shapes.ranges:
         raise UserError(
-            f"data.holdout goes with whole splits, got {split!r}; data.split; use "
-            "'train', 'test' or 'holdout'"
+            f"data.holdout goes with whole splits, got {split!r}; data.split; use 'train', 'test' or 'holdout'"
         )
     kept = [
         number
         for number, index in enumerate(builders.Shapes.ranges[split])
-        if only
-        == any(f"{thing.colour} {thing.shape}" in holdout for thing in shapes.scene(index).things)
+        if only == any(f"{thing.colour} {thing.shape}" in holdout for thing in shapes.scene(index).things)
     ]
     return dataclasses.replace(
         source,
@@ -128,9 +118,7 @@ def _open_prepared(path: str):
     try:
         builder = tfds.builder_from_directory(found[0])
     except Exception as error:
-        raise UserError(
-            f"not a dataset that TFDS can read ({error}); {found[0]}; prepare it again"
-        ) from error
+        raise UserError(f"not a dataset that TFDS can read ({error}); {found[0]}; prepare it again") from error
     file_format = builder.info.file_format
     if file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
@@ -143,34 +131,19 @@ def _open_prepared(path: str):
 
 def _from_tfds(builder, split: str, channels: int) -> Source:
     features = builder.info.features
-    image_key = next(
-        (key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None
-    )
+    image_key = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
     if image_key is None:
-        raise UserError(
-            f"no image among the features {sorted(features)}; {builder.data_dir}; "
-            "take another dataset"
-        )
-    labels = tuple(
-        key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)
-    )
+        raise UserError(f"no image among the features {sorted(features)}; {builder.data_dir}; take another dataset")
+    labels = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel))
     caption_key = next(
-        (
-            key
-            for key in ("caption", "text")
-            if key in features and isinstance(features[key], tfds.features.Text)
-        ),
+        (key for key in ("caption", "text") if key in features and isinstance(features[key], tfds.features.Text)),
         None,
     )
     try:
-        records = builder.as_data_source(
-            split=split, decoders={image_key: tfds.decode.SkipDecoding()}
-        )
+        records = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"no split {split!r} with data, there is "
-            f"{', '.join(builder.info.splits)}; "
-            f"{builder.data_dir}; data.split"
+            f"no split {split!r} with data, there is {', '.join(builder.info.splits)}; {builder.data_dir}; data.split"
         ) from error
 
     def read(index: int) -> dict[str, Any]:

@@ -69,8 +69,7 @@ def batches(
         keys = tuple(key for key in ("label",) if key in source.keys)
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"batch size {batch_size} is not divisible by {process_count} processes; "
-            "train.batch_size; use a multiple"
+            f"batch size {batch_size} is not divisible by {process_count} processes; train.batch_size; use a multiple"
         )
     for key in keys:
         if key not in source.keys:
@@ -95,10 +94,7 @@ def batches(
         first = step * batch_size + process_index * rows + part * chunk
         last = first + chunk if train else min(first + chunk, len(source))
         records = ((position, reader(order(position))) for position in range(first, last))
-        return [
-            record | {"image": augment(record["image"], height, width, position)}
-            for position, record in records
-        ]
+        return [record | {"image": augment(record["image"], height, width, position)} for position, record in records]
 
     end = _ENDLESS if train else -(-len(source) // batch_size)
     threads = data["workers"] or min(16, 2 * (os.cpu_count() or 1))

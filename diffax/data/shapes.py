@@ -115,9 +115,7 @@ def scene(index: int) -> Scene:
         x, y = rng.uniform(margin, 1 - margin, size=2)
         return Scene((Thing(*kind, x, y),), "none", background)
     pairs = kinds * kinds * len(RELATIONS)
-    number, relation = divmod(
-        int(_shuffled(pairs)[(2 * third + place - 1) % pairs]), len(RELATIONS)
-    )
+    number, relation = divmod(int(_shuffled(pairs)[(2 * third + place - 1) % pairs]), len(RELATIONS))
     first, second = map(_nth_thing, divmod(number, kinds))
     along, across = _two_places(rng, SIZES[first[2]], SIZES[second[2]])
     relation = RELATIONS[relation]

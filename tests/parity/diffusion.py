@@ -123,9 +123,8 @@ def respacing(meta, inputs, params):
             f"{i}.timestep_map": chain.kept,
             f"{i}.betas": betas,
             f"{i}.alphas_cumprod": np.cumprod(1 - betas),
-            f"{i}.posterior_variance": betas * np.exp(
-                np.logaddexp(0, table.t.logsnr) - np.logaddexp(0, table.s.logsnr)
-            ),
+            f"{i}.posterior_variance": betas
+            * np.exp(np.logaddexp(0, table.t.logsnr) - np.logaddexp(0, table.s.logsnr)),
             f"{i}.posterior_log_variance_clipped": table.min_logvar,
         }
     for refused in meta["config"].get("errors", []):
@@ -176,9 +175,7 @@ def step(meta, inputs, params):
             "p_mean_variance.variance": per_pixel_or_sample(p.variance),
             "p_mean_variance.log_variance": per_pixel_or_sample(logvar),
             f"p_sample.clip{clip}.sample": nchw(samplers.ddpm().step(denoise, z, at, drawn, ())[0]),
-            f"ddim_reverse_sample.clip{clip}.sample": nchw(
-                samplers.climb_step(denoise, z, at, chain.above(t))
-            ),
+            f"ddim_reverse_sample.clip{clip}.sample": nchw(samplers.climb_step(denoise, z, at, chain.above(t))),
             f"vb_terms_bpd.clip{clip}": losses.vlb_term(p, losses.Noised(x, eps, z, at)),
         }
         for eta in (0.0, 0.5, 0.7, 1.0):

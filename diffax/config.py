@@ -1,0 +1,810 @@
+"""Configs: the table of every field, reading one by name with overrides, and the checks (leaf).
+
+`STAGE` and `TOP` are the schema: the default of each field and what it may hold. A config file
+starts from `config_defaults` and states only what differs. Everything that a user can get wrong
+raises a `UserError` of one line that names the field.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from diffax.errors import UserError
+
+# ---- the schema ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """The default of a field and what it may hold.
+
+    Attributes:
+      default: the value in `stage_defaults` or `config_defaults`.
+      kind: int, float, bool or str; of the items where the default is a tuple.
+      low: smallest number allowed, itself excluded if `above`.
+      high: largest number allowed, itself excluded if `below`.
+      choices: strings allowed; a float field with choices takes either.
+      lengths: fewest and most items of a tuple.
+    """
+
+    default: Any
+    kind: type
+    low: float = 0
+    high: float = 2**31 - 1
+    above: bool = False
+    below: bool = False
+    choices: tuple[str, ...] = ()
+    lengths: tuple[int, int] = (0, 64)
+
+    @property
+    def many(self) -> bool:
+        """Whether the field is a tuple."""
+        return isinstance(self.default, tuple)
+
+    @property
+    def allowed(self) -> str:
+        """What the field may hold, in words."""
+        words = {bool: "true or false", str: "text"}.get(self.kind)
+        if self.choices:
+            words = "one of " + ", ".join(map(repr, self.choices))
+        if self.kind in (int, float):
+            number = "a whole number" if self.kind is int else "a number"
+            brackets = "(["[not self.above], ")]"[not self.below]
+            number += f" in {brackets[0]}{self.low:g}, {self.high:.10g}{brackets[1]}"
+            words = f"{words} or {number}" if self.choices else number
+        if not self.many:
+            return words
+        low, high = self.lengths
+        count = f"{low}" if low == high else f"{low} to {high}"
+        return f"a tuple of {count} items, each {words}"
+
+    def has_type(self, value: Any) -> bool:
+        """Whether a value, or every item of a tuple, is of the right type."""
+        if self.many:
+            return isinstance(value, tuple) and all(map(self._item_has_type, value))
+        return self._item_has_type(value)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value of the right type lies in the range."""
+        if self.many:
+            return self.lengths[0] <= len(value) <= self.lengths[1] and all(map(self._in, value))
+        return self._in(value)
+
+    def _item_has_type(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return self.kind is str or bool(self.choices)
+        if isinstance(value, bool):
+            return self.kind is bool
+        return isinstance(value, (int, float) if self.kind is float else self.kind)
+
+    def _in(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return not self.choices or value in self.choices
+        if isinstance(value, bool):
+            return True
+        return (
+            math.isfinite(value)
+            and (value > self.low if self.above else value >= self.low)
+            and (value < self.high if self.below else value <= self.high)
+        )
+
+
+def _int(default, low=0, high=2**31 - 1, lengths=(0, 64)) -> Field:
+    return Field(default, int, low, high, lengths=lengths)
+
+
+def _float(default, low, high, *, above=False, below=False, lengths=(0, 64)) -> Field:
+    return Field(default, float, low, high, above, below, lengths=lengths)
+
+
+def _choice(default, *choices) -> Field:
+    return Field(default, str, choices=choices)
+
+
+CONTINUOUS = ("cosine_logsnr",)
+NEEDS_PATH = ("folder", "captions", "tfds")
+
+STAGE: dict[str, Field] = {
+    "shape": _int((32, 32, 3), 1, 8192, lengths=(3, 3)),
+    "takes": _choice((), "label", "low_res"),
+    "num_classes": _int(0, high=10**7),
+    "data.name": _choice("cifar10", "digits", "shapes", "photos", "folder", "captions", "cifar10", "mnist", "tfds"),
+    "data.path": Field("", str),
+    "data.data_dir": Field("", str),
+    "data.split": Field("train", str),
+    "data.flip": Field(False, bool),
+    "data.crop": _choice("center", "center", "random"),
+    "data.max_bad": _int(100),
+    "data.workers": _int(0, high=1024),
+    "data.shuffle_seed": _int(0),
+    "data.holdout": Field((), str, lengths=(0, 48)),
+    "net.name": _choice("unet", "unet"),
+    "net.channels": _int(128, 4, 2**16),
+    "net.channel_mult": _float((1, 2, 2, 2), 0, 64, above=True, lengths=(1, 12)),
+    "net.num_res_blocks": _int(2, 1, 64),
+    "net.attention": _int((2,), 1, 2**12, lengths=(0, 12)),
+    "net.heads": _int(1, 1, 1024),
+    "net.head_channels": _int(0, high=2**16),
+    "net.heads_up": _int(0, high=1024),
+    "net.dropout": _float(0.0, 0, 1, below=True),
+    "net.scale_shift": Field(False, bool),
+    "net.resample": _choice("conv", "conv", "pool", "biggan"),
+    "net.downsample_pad": _choice("both", "both", "end"),
+    "net.sinusoid": _choice("openai", "openai", "ho"),
+    "net.norm_eps": _float(1e-5, 0, 1, above=True),
+    "net.groups": _int(32, 1, 2**16),
+    "net.kernel_init": _choice("torch", "torch", "ho"),
+    "net.dtype": _choice("float32", "float32", "bfloat16"),
+    "net.remat": _choice("none", "none", "blocks"),
+    "schedule.name": _choice("linear", "linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine", *CONTINUOUS),
+    "schedule.steps": _int(1000, 1, 10**6),
+    "schedule.beta_start": _float(1e-4, 0, 1, above=True),
+    "schedule.beta_end": _float(0.02, 0, 1, above=True),
+    "schedule.logsnr_min": _float(-20.0, -100, 100),
+    "schedule.logsnr_max": _float(20.0, -100, 100),
+    "schedule.rescale_time": Field(False, bool),
+    "predicts": _choice("eps", "eps", "x", "v", "previous_x"),
+    "variance": Field(
+        "fixed_large",
+        float,
+        high=1,
+        choices=("fixed_small", "fixed_large", "learned", "learned_range"),
+    ),
+    "loss.name": _choice("simple", "simple", "vlb", "hybrid"),
+    "loss.weight": _float(1.0, 0, 10**6, above=True),
+    "timesteps.name": _choice("uniform", "uniform", "stratified", "loss_second_moment"),
+    "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold"),
+    "sampler.name": _choice("ddpm", "ddpm", "ddim"),
+    "sampler.eta": _float(0.0, 0, 1),
+    "steps": Field("", str),
+    "train.steps": _int(800_000, 1),
+    "train.batch_size": _int(128, 1, 10**7),
+    "train.accumulate": _int(1, 1, 10**5),
+    "train.learning_rate": _float(2e-4, 0, 10, above=True),
+    "train.optimizer": _choice("adam", "adam", "adamw"),
+    "train.b1": _float(0.9, 0, 1, below=True),
+    "train.b2": _float(0.999, 0, 1, below=True),
+    "train.eps": _float(1e-8, 0, 1, above=True),
+    "train.weight_decay": _float(0.0, 0, 10),
+    "train.warmup_steps": _int(5000),
+    "train.anneal": _choice("none", "none", "linear", "cosine"),
+    "train.clip": _float(1.0, 0, 10**6),
+    "train.ema": _float((0.9999,), 0, 1, below=True, lengths=(1, 8)),
+    "train.ema_warmup": Field(False, bool),
+    "train.log_every": _int(100, 1),
+    "train.save_every": _int(10_000, 1),
+    "train.sample_every": _int(10_000),
+    "train.keep": _int(3, 1, 10**6),
+    "train.max_nonfinite": _int(10, 1),
+}
+
+TOP: dict[str, Field] = {
+    "name": Field("", str),
+    "seed": _int(0),
+    "parallel": _choice("pmap", "pmap", "jit", "fsdp"),
+    "stages": Field(("base",), str, lengths=(1, 16)),
+    "sample.num": _int(64, 1, 10**8),
+    "sample.batch_size": _int(64, 1, 10**6),
+    "sample.seed": _int(0),
+    "sample.columns": _int(8, 1, 10**4),
+    "eval.num": _int(1000, high=10**8),
+    "eval.batch_size": _int(100, 1, 10**6),
+    "eval.bpd_num": _int(64, high=10**8),
+    "eval.steps": Field((), str),
+}
+_RESERVED = {path.split(".")[0] for path in TOP}
+
+# What people type who come from other code, and the field that they mean.
+_SYNONYMS = {
+    "width": "channels",
+    "model_channels": "channels",
+    "depth": "num_res_blocks",
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "microbatch": "accumulate",
+    "ema_decay": "ema",
+    "ema_rate": "ema",
+    "num_steps": "steps",
+    "iterations": "steps",
+    "grad_clip": "clip",
+    "warmup": "warmup_steps",
+    "image_size": "shape",
+    "resolution": "shape",
+    "attention_resolutions": "attention",
+    "num_heads": "heads",
+    "num_head_channels": "head_channels",
+    "resblock_updown": "resample",
+    "timestep_respacing": "steps",
+    "diffusion_steps": "steps",
+    "noise_schedule": "name",
+    "class_cond": "takes",
+}
+
+
+def _nest(fields: Mapping[str, Field]) -> ConfigDict:
+    config = ConfigDict()
+    for path, field in fields.items():
+        *sections, leaf = path.split(".")
+        section = config
+        for name in sections:
+            if name not in section:
+                section[name] = ConfigDict()
+            section = section[name]
+        section[leaf] = field.default
+        if field.kind is float and field.choices:  # text or a number: no one type to enforce
+            section[leaf] = config_dict.FieldReference(field.default, field_type=object)
+    return config
+
+
+def stage_defaults() -> ConfigDict:
+    """A stage's section with every field of `STAGE` at its default."""
+    return _nest(STAGE)
+
+
+def config_defaults(name: str) -> ConfigDict:
+    """A config of one stage, `base`, with every field at its default; locked.
+
+    More stages are added as `with config.unlocked(): config.up = stage_defaults()` and named in
+    `config.stages`.
+    """
+    config = _nest(TOP)
+    config.name = name
+    config.base = stage_defaults()
+    return config.lock()
+
+
+EMBEDDED = {"digits": (1, 10), "shapes": (3, 6), "photos": (3, 2)}  # data: channels, classes
+
+
+def tiny(config: ConfigDict, data: str = "digits") -> ConfigDict:
+    """Shrinks every stage to 16 pixels of an embedded dataset: minutes on two CPU cores.
+
+    What makes the method stays (prediction, variance, loss, schedule, attention style); size,
+    data and length change.
+
+    Args:
+      config: edited in place.
+      data: a key of `EMBEDDED`.
+
+    Returns:
+      The same config.
+    """
+    channels, classes = EMBEDDED[data]
+    for name in config.stages:
+        stage = config[name]
+        stage.shape = (16, 16, channels)
+        stage.num_classes = classes if "label" in stage.takes else 0
+        stage.data.update(name=data, path="", flip=False)
+        stage.net.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
+        stage.net.update(groups=8, dropout=0.0)
+        stage.steps = "50"
+        stage.train.update(steps=1000, batch_size=32, accumulate=1, learning_rate=1e-3)
+        stage.train.update(warmup_steps=100, ema=(0.99,), ema_warmup=True)
+        stage.train.update(log_every=50, save_every=500, sample_every=500)
+    config.name = f"{config.name}_tiny"
+    config.sample.update(num=16, batch_size=16, columns=4)
+    config.eval.update(num=64, batch_size=32, bpd_num=32)
+    return config
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def closest(word: str, options: Iterable[str], count: int = 1) -> str:
+    """`; did you mean a or b?`, or nothing where no option is near."""
+    near = difflib.get_close_matches(word, list(options), n=count, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _show(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _bad(path: str, allowed: str, value: Any) -> UserError:
+    return UserError(f"{path} must be {allowed}, got {_show(value)}")
+
+
+def _unknown(path: str, known: Sequence[str]) -> UserError:
+    """The error for a field that is not there; `known` are full dotted paths."""
+    parent, _, leaf = path.rpartition(".")
+    siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == parent}
+    wanted = (leaf, _SYNONYMS.get(leaf))
+    near = [p for p in known if p.rpartition(".")[2] in wanted]
+    near.sort(key=lambda p: p not in siblings.values())
+    if not near and siblings:
+        words = siblings | {w: siblings[f] for w, f in _SYNONYMS.items() if f in siblings}
+        near = [words[word] for word in difflib.get_close_matches(leaf, words, n=1)]
+        elsewhere = {p.rpartition(".")[2]: p for p in known}
+        near = near or [elsewhere[word] for word in difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.8)]
+    elif not near:
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
+    if near:
+        hint = f"did you mean {' or '.join(near[:3])}?"
+    elif siblings:
+        hint = f"{parent} has {', '.join(siblings)}"
+    else:
+        hint = f"the sections are {', '.join(sorted({p.split('.')[1] for p in known}))}"
+    return UserError(f"unknown field {path}; {hint}")
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def load(path_or_name: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a config and applies overrides; the result is locked, and not yet validated.
+
+    Args:
+      path_or_name: `configs/NAME.py[:variant]`, `NAME[:variant]` or any path to a .py file. What
+        is not there as a file is looked up by name among the configs that come with diffax.
+        Variants are joined by `,` or `+`.
+      overrides: such as `config.base.train.steps=1e3`, with or without `--` in front. Tuples are
+        written `1,2,2` or `(1,2,2)`, booleans true or false, the empty tuple none or `()`.
+
+    Returns:
+      The config.
+
+    Raises:
+      UserError: no such config, variant or field, or a value of the wrong type.
+    """
+    spec, _, variant = path_or_name.partition(":")
+    module = _import(_find(spec))
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{spec} has no function get_config(variant); it is not a config file")
+    known = getattr(module, "VARIANTS", {})
+    split_variant(variant, known)
+    try:
+        config = module.get_config(variant)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the config fails with {type(error).__name__}: {reason}; {path_or_name}; correct the "
+            "file (fields are listed in diffax.config)"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config returned {type(config).__name__}; {spec}; return a ConfigDict")
+    override(config, overrides)
+    return config.lock()
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets fields of a config in place, as `load` does.
+
+    Raises:
+      UserError: an unknown field, or a value of the wrong type.
+    """
+    for path, text in overridden(overrides).items():
+        _override(config, path, text)
+
+
+def overridden(overrides: Sequence[str]) -> dict[str, str]:
+    """The fields that a user sets, {dotted path: text}; the last of two for one field wins.
+
+    Raises:
+      UserError: an override is not of the form `config.field=value`.
+    """
+    found = {}
+    for override in overrides:
+        path, equals, text = override.removeprefix("--").partition("=")
+        if not equals or not path.startswith("config."):
+            raise UserError(f"override {_show(override)} is not of the form --config.section.field=value")
+        found[path] = text
+    return found
+
+
+def split_variant(variant: str, known: Mapping[str, str], exclusive: Sequence[str] = ()) -> tuple[str, ...]:
+    """Splits `vlb,tiny` or `vlb+tiny` into its parts.
+
+    Args:
+      variant: what follows the colon; may be empty.
+      known: {variant: what it is}.
+      exclusive: variants of which one at most can be chosen.
+
+    Raises:
+      UserError: a part is unknown or twice there, or excludes another.
+    """
+    parts = tuple(part for part in re.split("[,+]", variant) if part)
+    for i, part in enumerate(parts):
+        if part not in known:
+            there = "; ".join(f"{name} ({what})" for name, what in known.items()) or "none"
+            raise UserError(f"unknown variant {part!r}{closest(part, known)}; variants: {there}")
+        if part in parts[:i]:
+            raise UserError(f"variant {part!r} is given twice; give it once")
+    chosen = [part for part in parts if part in exclusive]
+    if len(chosen) > 1:
+        raise UserError(f"variants {' and '.join(chosen)} exclude each other; choose one")
+    return parts
+
+
+def available() -> dict[str, tuple[str, dict[str, str]]]:
+    """The configs that come with diffax: {name: (first line of the docstring, its variants)}."""
+    modules = {name: _import(_folder() / f"{name}.py") for name in _names()}
+    return {
+        name: ((module.__doc__ or "").strip().split("\n")[0], dict(module.VARIANTS)) for name, module in modules.items()
+    }
+
+
+def _folder() -> Path:
+    """Where diffax.configs is installed, or configs/ beside the package in a bare checkout."""
+    spec = importlib.util.find_spec("diffax.configs")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(list(spec.submodule_search_locations)[0])
+    return Path(__file__).parent.parent / "configs"
+
+
+def _names() -> list[str]:
+    return sorted(p.stem for p in _folder().glob("*.py") if not p.stem.startswith("_"))
+
+
+def _find(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.suffix == ".py" and path.is_file():
+        return path
+    name, names = path.name.removesuffix(".py"), _names()
+    if path.parent.as_posix() in (".", "configs") and name in names:
+        return _folder() / f"{name}.py"
+    raise UserError(
+        f"there is no config {_show(spec)}{closest(name, names)}; diffax comes with "
+        f"{', '.join(names)}; or give the path of a .py file"
+    )
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"diffax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot read the config: {type(error).__name__}: {reason}; {path}; correct the file"
+        ) from error
+    return module
+
+
+def _override(config: ConfigDict, path: str, text: str):
+    fields = _fields(config)
+    if path not in fields:
+        inside = [known for known in fields if known.startswith(path + ".")]
+        if inside:
+            raise UserError(f"{path} is a section; set one of its fields, such as {inside[0]}")
+        raise _unknown(path, list(fields))
+    field = fields[path]
+    try:
+        value = _parse(field, text.strip())
+    except (ValueError, OverflowError):
+        raise _bad(path, field.allowed, text) from None
+    _set(config, path, value)
+
+
+def _set(config: ConfigDict, path: str, value: Any):
+    *sections, leaf = path.split(".")[1:]
+    for name in sections:
+        config = config[name]
+    config[leaf] = value
+
+
+def _parse(field: Field, text: str) -> Any:
+    """Text -> a value of the field's type; ValueError where it is none."""
+    if not field.many:
+        return _parse_item(field, text)
+    if text.lower() in ("none", "()", "[]", ""):
+        return ()
+    try:
+        literal = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        literal = None
+    if isinstance(literal, tuple | list):
+        items = [str(item) for item in literal]
+    else:
+        items = re.sub(r"^[(\[](.*)[)\]]$", r"\1", text).rstrip(",").split(",")
+    return tuple(_parse_item(field, item.strip()) for item in items)
+
+
+def _parse_item(field: Field, text: str) -> Any:
+    if field.kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    if field.kind is str or text in field.choices:
+        return text
+    try:
+        number = int(text)
+    except ValueError:
+        number = float(text)
+    if field.kind is float:
+        return number if field.many else float(number)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+# ---- checking ------------------------------------------------------------------------------------
+
+
+def _fields(config: ConfigDict) -> dict[str, Field]:
+    """The schema of a config with these stages: {full dotted path: field}."""
+    fields = {f"config.{path}": field for path, field in TOP.items()}
+    for name in _sections(config):
+        fields |= {f"config.{name}.{path}": field for path, field in STAGE.items()}
+    return fields
+
+
+def _sections(config: ConfigDict) -> list[str]:
+    """The stages, and other sections that look like one (a stage that is not run this time)."""
+    stages = config.get("stages", ())
+    wanted = [s for s in stages if isinstance(s, str)] if isinstance(stages, tuple) else []
+    others = [
+        name
+        for name, value in config.items()
+        if name not in _RESERVED and isinstance(value, ConfigDict) and {"net", "train"} < set(value)
+    ]
+    return list(dict.fromkeys([*wanted, *others]))
+
+
+def _walk(config: ConfigDict, path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _walk(value, f"{path}.{name}")
+        else:
+            yield f"{path}.{name}", value
+
+
+def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 1) -> None:
+    """Checks every field and how they go together; nothing has been written or compiled yet.
+
+    Args:
+      config: from `load` or `from_dict`.
+      device_count: devices of all processes.
+      process_count: processes.
+
+    Raises:
+      UserError: the first problem: the field, what is allowed, what was found.
+    """
+    _check_stage_names(config)
+    fields = _fields(config)
+    found = dict(_walk(config, "config"))
+    for path, value in found.items():
+        _check_known(path, value, fields)
+    for path, field in fields.items():
+        if path not in found:
+            raise UserError(f"{path} is missing; its default is {_show(field.default)}")
+        _check_value(path, field, found[path])
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", config.name):
+        raise _bad("config.name", "a word of letters, digits, '_', '-' and '.'", config.name)
+    for name in config.stages:
+        stage, where = config[name], f"config.{name}"
+        _check_conditions(stage, where)
+        _check_net(stage, where)
+        _check_diffusion(stage, where)
+        _check_train(stage, where, device_count, process_count)
+        for steps in config.eval.steps:
+            _check_steps(stage, "config.eval.steps", steps)
+
+
+def _check_known(path: str, value: Any, fields: Mapping[str, Field]):
+    if path in fields:
+        return
+    if any(known.startswith(path + ".") for known in fields):
+        raise _bad(path, "a section of fields", value)
+    raise _unknown(path, list(fields))
+
+
+def _check_stage_names(config: ConfigDict):
+    stages = config.get("stages", None)
+    if not isinstance(stages, tuple) or not stages:
+        raise _bad("config.stages", "a tuple of the names of 1 or more stages", stages)
+    for i, name in enumerate(stages):
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+            raise _bad("config.stages", "names of small letters, digits and '_'", name)
+        if name in _RESERVED or name in stages[:i]:
+            raise _bad("config.stages", "different names that are no other field's", stages)
+        if not isinstance(config.get(name, None), ConfigDict):
+            there = _sections(config)
+            there.remove(name)
+            hint = closest(name, there) or f"; the stages are {', '.join(there)}" * bool(there)
+            raise UserError(f"config.stages names {name!r}, but there is no section config.{name}{hint}")
+
+
+def _check_value(path: str, field: Field, value: Any):
+    if field.has_type(value) and field.accepts(value):
+        return
+    items = value if field.many and isinstance(value, tuple) else (value,)
+    wrong = [item for item in items if isinstance(item, str) and item not in field.choices]
+    hint = closest(wrong[0], field.choices) if wrong and field.choices else ""
+    raise UserError(f"{_bad(path, field.allowed, value)}{hint}")
+
+
+def _check_conditions(stage: ConfigDict, where: str):
+    if len(set(stage.takes)) < len(stage.takes):
+        raise _bad(f"{where}.takes", "different conditions", stage.takes)
+    if ("label" in stage.takes) != (stage.num_classes > 0):
+        if stage.num_classes:
+            raise UserError(
+                f"{where}.num_classes is {stage.num_classes}, but {where}.takes has no 'label'; "
+                "set num_classes to 0 or add 'label'"
+            )
+        raise UserError(f"{where}.num_classes must be 1 or more when {where}.takes has 'label', got 0")
+    if stage.data.name in NEEDS_PATH and not stage.data.path:
+        raise UserError(f"{where}.data.path must name the folder of the data {stage.data.name!r}, got ''")
+    if stage.data.holdout and stage.data.name != "shapes":
+        raise UserError(
+            f"{where}.data.holdout is for the data 'shapes', but {where}.data.name is "
+            f"{stage.data.name!r}; leave it empty"
+        )
+    if not stage.data.split:
+        raise _bad(f"{where}.data.split", "the name of a split, such as 'train'", "")
+
+
+def _check_net(stage: ConfigDict, where: str):
+    net, levels = stage.net, len(stage.net.channel_mult)
+    if stage.shape[2] not in (1, 3):
+        raise UserError(f"{where}.shape must be (height, width, 1) or (height, width, 3), got {stage.shape}")
+    factor = 2 ** (levels - 1)
+    if any(side % factor for side in stage.shape[:2]):
+        raise UserError(
+            f"{where}.shape must have sides divisible by {factor} for the {levels} levels of "
+            f"{where}.net.channel_mult, got {stage.shape}"
+        )
+    factors = [2**level for level in range(levels)]
+    for wanted in net.attention:
+        if wanted not in factors:
+            raise UserError(
+                f"{where}.net.attention must hold downsampling factors among "
+                f"{', '.join(map(str, factors))} (not resolutions), got {net.attention}"
+            )
+    if len(set(net.attention)) < len(net.attention):
+        raise _bad(f"{where}.net.attention", "different factors", net.attention)
+    if net.channels % 2:
+        raise _bad(f"{where}.net.channels", "even", net.channels)
+    heads = {"head_channels": net.head_channels} if net.head_channels else {"heads": net.heads}
+    if net.heads_up and not net.head_channels:
+        heads["heads_up"] = net.heads_up
+    for level, mult in enumerate(net.channel_mult):
+        width = net.channels * mult
+        level_text = f"{net.channels} x {mult} = {width:g} channels of level {level}"
+        if width != int(width) or width % net.groups:
+            raise UserError(
+                f"{where}.net.groups must divide the {level_text}, got {net.groups}; change "
+                "groups, channels or channel_mult"
+            )
+        # The middle of the network, at the width of the last level, always attends.
+        if factors[level] in net.attention or level == levels - 1:
+            for name, value in heads.items():
+                if width % value:
+                    raise UserError(f"{where}.net.{name} must divide the {level_text}, got {value}")
+
+
+def _check_diffusion(stage: ConfigDict, where: str):
+    schedule, learned = stage.schedule, str(stage.variance).startswith("learned")
+    if schedule.name in CONTINUOUS:
+        for field, value, clash in (
+            ("loss.name", stage.loss.name, ("vlb", "hybrid")),
+            ("timesteps.name", stage.timesteps.name, ("loss_second_moment",)),
+            ("predicts", stage.predicts, ("previous_x",)),
+        ):
+            if value in clash:
+                raise UserError(
+                    f"{where}.{field} {value!r} needs a schedule of discrete steps, but "
+                    f"{where}.schedule.name is {schedule.name!r}; choose another"
+                )
+        if not schedule.logsnr_min < schedule.logsnr_max:
+            raise UserError(
+                f"{where}.schedule.logsnr_min must be below logsnr_max, "
+                f"got {schedule.logsnr_min} and {schedule.logsnr_max}"
+            )
+    else:
+        _check_betas(schedule, f"{where}.schedule")
+    if learned and stage.loss.name == "simple":
+        raise UserError(
+            f"{where}.variance {stage.variance!r} is not trained by {where}.loss.name 'simple'; "
+            "use 'hybrid' or 'vlb', or a fixed variance"
+        )
+    if not learned and stage.loss.name == "hybrid":
+        raise UserError(
+            f"{where}.loss.name 'hybrid' trains a learned variance, but {where}.variance is "
+            f"{stage.variance!r}; use 'learned_range', or the loss 'simple'"
+        )
+    _check_steps(stage, f"{where}.steps", stage.steps)
+
+
+def _check_betas(schedule: ConfigDict, where: str):
+    from diffax import schedules  # late, so that reading a config does not import jax
+
+    if schedule.beta_start > schedule.beta_end:
+        raise UserError(
+            f"{where}.beta_start must not be above beta_end, got {schedule.beta_start} and {schedule.beta_end}"
+        )
+    try:
+        betas = schedules.BETAS[schedule.name]
+        schedules.discrete(betas(schedule.steps, schedule.beta_start, schedule.beta_end))
+    except ValueError as error:
+        raise UserError(f"{where}.steps, {schedule.steps} of {schedule.name!r}: {error}") from None
+
+
+def _check_steps(stage: ConfigDict, where: str, steps: str):
+    from diffax import schedules
+
+    if stage.schedule.name in CONTINUOUS:
+        if not re.fullmatch("[1-9][0-9]{0,6}", steps):
+            raise UserError(
+                f"{where} must be a number of steps, such as '256', for the continuous schedule "
+                f"{stage.schedule.name!r}, got {_show(steps)}"
+            )
+        return
+    try:
+        schedules.space_timesteps(stage.schedule.steps, steps)
+    except ValueError as error:
+        raise UserError(
+            f"{where} must be '' (all), 'N', 'N,N,...', 'ddimN' or 'fast27', got {_show(steps)}: {error}"
+        ) from None
+
+
+def _check_train(stage: ConfigDict, where: str, device_count: int, process_count: int):
+    train = stage.train
+    if train.optimizer == "adam" and train.weight_decay:
+        raise UserError(
+            f"{where}.train.weight_decay is {train.weight_decay}, but the optimizer 'adam' has none; use 'adamw' or 0"
+        )
+    if len(set(train.ema)) < len(train.ema):
+        raise _bad(f"{where}.train.ema", "different rates", train.ema)
+    for count, what in ((device_count, "devices"), (process_count, "processes")):
+        parts = count * train.accumulate
+        if train.batch_size % parts:
+            times = f" x {train.accumulate} accumulated parts" if train.accumulate > 1 else ""
+            low = train.batch_size // parts * parts
+            use = f"{low} or {low + parts}" if low else f"{parts}"
+            raise UserError(
+                f"global batch {train.batch_size} is not divisible by {count} {what}{times} "
+                f"(use {use}); {where}.train.batch_size"
+            )
+
+
+# ---- as data -------------------------------------------------------------------------------------
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain data, the inverse of `from_dict`: tuples become lists, as in JSON."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(data: Mapping[str, Any]) -> ConfigDict:
+    """A config from what `to_dict` gave; fields that an older file lacks take their defaults.
+
+    Raises:
+      UserError: a field is unknown or of the wrong type.
+    """
+    given = ConfigDict(_tuples(data))
+    config = config_defaults("")
+    with config.unlocked():
+        del config.base
+        for name in _sections(given):
+            config[name] = stage_defaults()
+    fields = _fields(given)
+    for path, value in _walk(given, "config"):
+        _check_known(path, value, fields)
+        if not fields[path].has_type(value):
+            raise _bad(path, fields[path].allowed, value)
+        _set(config, path, value)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

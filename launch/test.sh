@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The checks that a change must pass: ruff, then pytest on the CPU. Arguments go to pytest.
+#
+#   bash launch/test.sh [tests/samplers_test.py] [-k ddim] ...
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+setup_env dev,demo,log
+
+cd "$root"
+"$venv/bin/python" -m ruff check
+"$venv/bin/python" -m ruff format --check
+export JAX_PLATFORMS=cpu
+exec "$venv/bin/python" -m pytest -n 2 -q --color=no "$@"
