@@ -97,7 +97,10 @@ def abstract(where: Layout, init: Callable, *args) -> Any:
 
 def create(where: Layout, init: Callable, *args) -> Any:
     """`init(*args)`, born where it will live."""
-    return jax.jit(init, out_shardings=shardings(where, jax.eval_shape(init, *args)))(*args)
+    # XLA:CPU takes half a minute to optimise the random draws of a small network, which run once in milliseconds.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    out = shardings(where, jax.eval_shape(init, *args))
+    return jax.jit(init, out_shardings=out, compiler_options=options)(*args)
 
 
 def put(where: Layout, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

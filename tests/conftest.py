@@ -1,7 +1,18 @@
-"""Tests run on the CPU as four virtual devices, so that every test meets more than one."""
+"""Tests run on the CPU as four virtual devices, so that every test meets more than one.
+
+Programs are compiled without optimisation: for the small networks here compiling is the cost. Compiled ones are kept in
+pytest's cache folder, because several tests run the same step.
+"""
 
 import os
+import pathlib
+
+FLAGS = {"xla_force_host_platform_device_count": 4, "xla_backend_optimization_level": 0}
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4").strip()
+for flag, value in FLAGS.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+)

@@ -55,12 +55,8 @@ def test_published_models_of_the_same_weights_are_the_same_network():
     for entry in PUBLISHED.values():
         if "state_dict" not in entry:
             twin = PUBLISHED[entry["same_state_dict_as"]]
-            ours, theirs = (
-                openai.net_config(e["constructor"], model=e["class"], image_size=64) for e in (entry, twin)
-            )
-            assert ours._replace(net=ours.net | {"dropout": 0.0}) == theirs._replace(
-                net=theirs.net | {"dropout": 0.0}
-            )
+            ours, theirs = (openai.net_config(e["constructor"], model=e["class"], image_size=64) for e in (entry, twin))
+            assert ours._replace(net=ours.net | {"dropout": 0.0}) == theirs._replace(net=theirs.net | {"dropout": 0.0})
 
 
 GUIDED = dict(

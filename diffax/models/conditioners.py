@@ -1,0 +1,53 @@
+"""Conditioners: modules that turn one raw condition into a `Context` (floor 0).
+
+A conditioner is called with the condition and z, and returns a `Context`. `example` is a condition
+of the right shape, to initialise a network with.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffax.models.unet import Context
+
+Array = jax.Array
+
+
+class Label(nn.Module):
+    """A class label, embedded and added to the clock (Improved DDPM, ADM).
+
+    Attributes:
+      num_classes: labels are 0 .. num_classes - 1.
+      features: 4 * channels of the U-Net.
+      null_label: whether there is one more label, num_classes, that stands for no label.
+    """
+
+    num_classes: int
+    features: int
+    null_label: bool = False
+
+    @nn.compact
+    def __call__(self, label: Array, z: Array) -> Context:
+        """label: [B] integers. A label out of range gives NaN."""
+        del z
+        # torch.nn.Embedding starts as N(0, 1)
+        table = nn.Embed(self.num_classes + self.null_label, self.features,
+                         embedding_init=nn.initializers.normal(1.), name='embed')
+        return Context(vector=table(label))
+
+    def example(self, z: Array) -> Array:
+        return jnp.zeros(z.shape[:1], jnp.int32)
+
+
+class LowRes(nn.Module):
+    """A smaller picture, resized to the size of z and concatenated to it (Improved DDPM, ADM)."""
+
+    def __call__(self, low_res: Array, z: Array) -> Context:
+        """low_res: [B, h, w, K] of any size, in [-1, 1]; bilinear, half-pixel centres."""
+        shape = (*z.shape[:3], low_res.shape[-1])
+        low_res = low_res.astype(jnp.float32)
+        return Context(planes=jax.image.resize(low_res, shape, 'bilinear', antialias=False))
+
+    def example(self, z: Array) -> Array:
+        batch, height, width, channels = z.shape
+        return jnp.zeros((batch, max(height // 4, 1), max(width // 4, 1), channels))

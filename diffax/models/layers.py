@@ -1,0 +1,271 @@
+"""The layers that every network of this family is made of (floor 0).
+
+Arrays are [B, H, W, C]. A layer computes in `Style.dtype`; statistics, softmax and parameters stay
+float32.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+KERNEL_INITS = {
+    # torch.nn.Conv2d / Linear: uniform in +-1/sqrt(fan_in)
+    'torch': ('fan_in', 1 / 3),
+    # Ho et al. 2020, released code: Glorot uniform
+    'ho': ('fan_avg', 1.0),
+}
+# the waves in their order, and how many fewer steps than waves from period 2 pi to the longest
+SINUSOIDS = {'openai': ((jnp.cos, jnp.sin), 0), 'ho': ((jnp.sin, jnp.cos), 1)}
+PADS = {'both': (1, 1), 'end': (0, 1)}
+
+
+class Style(NamedTuple):
+    """What all layers of one network share.
+
+    Attributes:
+      groups: number of groups of every GroupNorm.
+      norm_eps: added to the variance (1e-6 in Ho's code, 1e-5 in OpenAI's).
+      kernel_init: 'torch' or 'ho'; biases start at zero in both.
+      dtype: compute dtype, 'float32' or 'bfloat16'.
+    """
+
+    groups: int = 32
+    norm_eps: float = 1e-5
+    kernel_init: str = 'torch'
+    dtype: str = 'float32'
+
+
+def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`, or a ValueError that lists the names there are."""
+    if name not in table:
+        raise ValueError(f'{what} {name!r} is unknown; use one of {", ".join(map(repr, table))}')
+    return table[name]
+
+
+def kernel_init(style: Style, *, zero: bool = False, **axes) -> Callable:
+    """The initialiser of a kernel; `axes` are those of `variance_scaling`."""
+    mode, scale = choose(KERNEL_INITS, style.kernel_init, 'kernel_init')
+    if zero:
+        return nn.initializers.zeros
+    return nn.initializers.variance_scaling(scale, mode, 'uniform', **axes)
+
+
+def conv(style: Style, features: int, size: int = 3, *, stride: int = 1, pad='SAME',
+         zero: bool = False, name: str) -> nn.Conv:
+    """A square convolution. `zero` starts it at zero, so that its branch is first the identity."""
+    return nn.Conv(features, (size, size), strides=stride, padding=pad, dtype=style.dtype,
+                   kernel_init=kernel_init(style, zero=zero), name=name)
+
+
+def dense(style: Style, features: int, *, zero: bool = False, name: str) -> nn.Dense:
+    """A linear layer on the last axis."""
+    return nn.Dense(features, dtype=style.dtype, kernel_init=kernel_init(style, zero=zero),
+                    name=name)
+
+
+def sinusoid(time: Array, width: int, kind: str = 'openai', max_period: float = 10_000.) -> Array:
+    """Sinusoidal embedding of the network's clock (Vaswani et al. 2017, section 3.5).
+
+    Args:
+      time: [B], any real numbers.
+      width: size of the result; an odd one ends in a zero column.
+      kind: 'openai': [cos, sin], frequencies max_period^(-i/n) for i < n = width // 2;
+        'ho': [sin, cos], frequencies max_period^(-i/(n-1)).
+      max_period: the longest period, divided by 2 pi.
+
+    Returns:
+      [B, width] float32.
+    """
+    half = width // 2
+    waves, fewer = choose(SINUSOIDS, kind, 'sinusoid')
+    frequency = [max_period ** (-i / max(half - fewer, 1)) for i in range(half)]
+    phase = time.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)
+    columns = [wave(phase) for wave in waves]
+    return jnp.pad(jnp.concatenate(columns, -1), ((0, 0), (0, width % 2)))
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018), with the scale and shift of adaptive GroupNorm folded in.
+
+    All that is done to a pixel is one a*x + b, with a and b per image and channel: the variance
+    takes a second pass (the one-pass form cancels for large means), the pixels are read and
+    written once.
+    """
+
+    style: Style
+
+    @nn.compact
+    def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
+        """x: [B, ..., C]; scale, shift: [B, C]. Returns norm(x) * (1 + scale) + shift."""
+        batch, channels = x.shape[0], x.shape[-1]
+        if channels % self.style.groups:
+            raise ValueError(f'{channels} channels cannot be normalised in {self.style.groups} '
+                             'groups; change channels, channel_mult or groups')
+        pixels = tuple(range(1, x.ndim - 1))
+
+        def over_groups(per_channel):
+            grouped = per_channel.reshape(batch, self.style.groups, -1)
+            mean = grouped.mean(-1, keepdims=True)
+            return jnp.broadcast_to(mean, grouped.shape).reshape(batch, channels)
+
+        def spread(per_channel):
+            return jnp.expand_dims(per_channel, pixels)
+
+        gain = self.param('scale', nn.initializers.ones, (channels,))
+        bias = self.param('bias', nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        mean = over_groups(x.mean(pixels))
+        variance = over_groups(jnp.square(x - spread(mean)).mean(pixels))
+        a = gain * jax.lax.rsqrt(variance + self.style.norm_eps)
+        b = bias - mean * a
+        if scale is not None:
+            a, b = a * (1 + scale), b * (1 + scale) + shift
+        return (x * spread(a) + spread(b)).astype(self.style.dtype)
+
+
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention of q [B, heads, T, D] to k, v [B, heads, S, D]: [B, heads, T, D]."""
+    # the 1/sqrt(D) is shared by q and k, so that bfloat16 products stay in range
+    root = q.shape[-1] ** -0.25
+    logits = jnp.einsum('bhtd,bhsd->bhts', q * root, k * root, preferred_element_type=jnp.float32)
+    return jnp.einsum('bhts,bhsd->bhtd', jax.nn.softmax(logits, -1).astype(v.dtype), v)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over tokens, with an output layer to `features`.
+
+    The kernel is stored as [C, (q, k, v), heads, D]; the orders of the published checkpoints are
+    the business of `diffax.convert`.
+    """
+
+    style: Style
+    heads: int
+    features: int
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, T, C]. Returns [B, T, features]."""
+        batch, tokens, channels = x.shape
+        if channels % self.heads:
+            raise ValueError(f'{channels} channels cannot be split into {self.heads} heads; '
+                             'change heads, heads_up or head_channels')
+        shape = (3, self.heads, channels // self.heads)
+        init = kernel_init(self.style, in_axis=0, out_axis=(2, 3), batch_axis=1)
+        kernel = self.param('qkv_kernel', init, (channels, *shape)).astype(self.style.dtype)
+        bias = self.param('qkv_bias', nn.initializers.zeros, shape).astype(self.style.dtype)
+        qkv = jnp.einsum('btc,cnhd->nbhtd', x, kernel) + bias[:, None, :, None]
+        mixed = attend(*qkv).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
+        return dense(self.style, self.features, zero=self.zero, name='proj')(mixed)
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)) over all pixels; the identity at first."""
+
+    style: Style
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, channels = x.shape
+        h = GroupNorm(self.style, name='norm')(x).reshape(batch, height * width, channels)
+        h = SelfAttention(self.style, self.heads, channels, zero=True, name='attention')(h)
+        return x + h.reshape(x.shape)
+
+
+def upsample(x: Array) -> Array:
+    """Twice the size, nearest neighbour."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def downsample(x: Array) -> Array:
+    """Half the size, mean of 2x2 pixels; an odd last row or column is dropped."""
+    batch, height, width, channels = x.shape
+    height, width = height // 2, width // 2
+    x = x[:, :2 * height, :2 * width].reshape(batch, height, 2, width, 2, channels)
+    return x.mean((2, 4))
+
+
+class Dropout(nn.Module):
+    """Dropout with one key per example: its mask does not depend on how the batch is cut over devices."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Array | None) -> Array:
+        """x: [B, ...], keys: [B] typed PRNG keys, or None for no dropout."""
+        if keys is None or not self.rate:
+            return x
+        place = zlib.crc32('/'.join(self.path).encode())
+
+        def mask(key):
+            return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(mask)(keys), x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the clock in between, added to a skip path; the identity at first.
+
+    `scale_shift` False adds the clock to the features (Ho et al. 2020); True scales and shifts the
+    normalised features with it (Nichol & Dhariwal 2021, section 6). `resample` (`upsample` or
+    `downsample`) changes the size of both paths, as in BigGAN (Dhariwal & Nichol 2021, section 3).
+    """
+
+    style: Style
+    channels: int
+    dropout: float = 0.
+    scale_shift: bool = False
+    resample: Callable[[Array], Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, vector: Array, keys: Array | None) -> Array:
+        """x: [B, H, W, C], vector: [B, E], keys: see `Dropout`. Returns [B, H', W', channels]."""
+        h = nn.silu(GroupNorm(self.style, name='norm1')(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(self.style, self.channels, name='conv1')(h)
+
+        clock = nn.silu(vector).astype(self.style.dtype)
+        clock = dense(self.style, self.channels * (1 + self.scale_shift), name='time')(clock)
+        norm = GroupNorm(self.style, name='norm2')
+        if self.scale_shift:
+            h = norm(h, *jnp.split(clock, 2, axis=-1))
+        else:
+            h = norm(h + clock[:, None, None])
+        h = Dropout(self.dropout, name='dropout')(nn.silu(h), keys)
+        h = conv(self.style, self.channels, zero=True, name='conv2')(h)
+
+        if x.shape[-1] != self.channels:
+            x = conv(self.style, self.channels, 1, name='skip')(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2; `pad` 'end' pads the bottom and right edge only (Ho's TF)."""
+
+    style: Style
+    pad: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        edges = choose(PADS, self.pad, 'downsample_pad')
+        return conv(self.style, x.shape[-1], stride=2, pad=(edges, edges), name='conv')(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a 3x3 convolution."""
+
+    style: Style
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return conv(self.style, x.shape[-1], name='conv')(upsample(x))

@@ -1,0 +1,91 @@
+"""Layouts over four virtual devices, and two processes on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffax import checkpoint, parallel
+from tests import micro
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 7])
+def test_map_batch_pads_and_trims(n):
+    run = parallel.map_batch(lambda shared, x, tree: {"y": shared * x + tree["z"]})
+    x = np.arange(n * 2.0).reshape(n, 2)
+    out = run(jnp.asarray(2.0), x, {"z": x})
+    chex.assert_shape(out["y"], (n, 2))
+    np.testing.assert_allclose(out["y"], 3 * x)
+
+
+def test_map_batch_uses_every_device():
+    out = parallel.map_batch(lambda shared, x: x + shared)(np.float32(1), np.zeros(8, np.float32))
+    assert len(out.devices()) == 4
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match="unknown parallel 'dpp'; use one of pmap, jit, fsdp"):
+        parallel.layout("dpp")
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_prefetch_keeps_the_order_and_ends(mode):
+    where = parallel.layout(mode)
+    batches = [{"x": np.full((8, 2), i, np.float32)} for i in range(5)]
+    got = list(parallel.prefetch(where, batches))
+    assert [int(host["x"][0, 0]) for host, _ in got] == [0, 1, 2, 3, 4]
+    for host, device in got:
+        np.testing.assert_array_equal(np.asarray(device["x"]).reshape(8, 2), host["x"])
+
+
+def test_fetch_reads_replicated_values():
+    where = parallel.layout("pmap")
+    tree = jax.device_put({"a": jnp.arange(3.0)}, where.replicated)
+    np.testing.assert_array_equal(parallel.fetch(tree)["a"], [0, 1, 2])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run_processes(count, workdir, mode):
+    """Runs `diffax.main` as `count` processes with 4 devices in all; returns their outputs."""
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} --xla_backend_optimization_level=0"
+    }
+    more = [f"--config.parallel={mode}"]
+    if count > 1:
+        more += [f"--coordinator=localhost:{free_port()}", f"--processes={count}"]
+    jobs = []
+    for index in range(count):
+        flags = micro.flags(workdir, *more, *([f"--process={index}"] if count > 1 else []))
+        command = [sys.executable, "-m", "diffax.main", *flags]
+        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [job.communicate(timeout=600)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * count, "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_two_processes_train_what_one_trains(tmp_path, mode):
+    run_processes(1, tmp_path / "one", mode)
+    outputs = run_processes(2, tmp_path / "two", mode)
+    assert "samples:" in outputs[0] and "samples:" not in outputs[1], "one process draws"
+    found = []
+    for name in ("one", "two"):
+        with checkpoint.Checkpoints(tmp_path / name / "base" / "checkpoints", read_only=True) as checkpoints:
+            step, params, _ = checkpoints.restore_ema()
+        assert step == 6
+        found.append(params)
+    chex.assert_trees_all_close(*found, rtol=1e-6, atol=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "base" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
