@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
     stage.net.update(heads=4, groups=8, scale_shift=True)
     stage.schedule.update(name="cosine", steps=1000)
     stage.steps = "100"
-    stage.train.update(steps=1200, batch_size=64, learning_rate=1e-3, warmup_steps=100)
+    stage.train.update(steps=800, batch_size=64, learning_rate=1e-3, warmup_steps=100)
     stage.train.update(anneal="cosine", ema=(0.995,), ema_warmup=True)
     stage.train.update(log_every=50, save_every=500, sample_every=500)
     config.sample.update(num=100, batch_size=100, columns=10)

@@ -4,4 +4,4 @@ from diffax.convert import diffusers, openai
 from diffax.convert.architecture import Architecture
 from diffax.convert.table import Entry, Layout, Table, to_flax, to_torch
 
-__all__ = ['Architecture', 'Entry', 'Layout', 'Table', 'diffusers', 'openai', 'to_flax', 'to_torch']
+__all__ = ["Architecture", "Entry", "Layout", "Table", "diffusers", "openai", "to_flax", "to_torch"]

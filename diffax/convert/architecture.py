@@ -24,14 +24,15 @@ class Architecture(NamedTuple):
     takes: tuple[str, ...]
     num_classes: int
     out_channels: int
-    attention_order: str = 'legacy'
+    attention_order: str = "legacy"
 
     def build(self) -> nn.Module:
         """The network."""
-        return models.build(self.net, shape=self.shape, takes=self.takes,
-                            num_classes=self.num_classes, out_channels=self.out_channels)
+        return models.build(
+            self.net, shape=self.shape, takes=self.takes, num_classes=self.num_classes, out_channels=self.out_channels
+        )
 
 
 def refuse(model: str, option: str, value: Any, why: str) -> NoReturn:
     """Raises the ValueError for an option that has no counterpart here."""
-    raise ValueError(f'{model} with {option}={value!r} cannot be converted; {why}')
+    raise ValueError(f"{model} with {option}={value!r} cannot be converted; {why}")

@@ -56,8 +56,9 @@ def kernel(shape: Sequence[int]) -> Layout:
     return CONV if len(shape) == 4 else DENSE
 
 
-def make_table(shapes: Mapping[Path, tuple[int, ...]],
-               rename: Callable[[Path, tuple[int, ...]], tuple[Sequence[str], Layout]]) -> Table:
+def make_table(
+    shapes: Mapping[Path, tuple[int, ...]], rename: Callable[[Path, tuple[int, ...]], tuple[Sequence[str], Layout]]
+) -> Table:
     """A table from `rename(path, shape) -> (PyTorch names, layout)` over all Flax parameters."""
     table = []
     for path, shape in shapes.items():
@@ -71,7 +72,7 @@ def make_table(shapes: Mapping[Path, tuple[int, ...]],
 def param_shapes(network, *inputs) -> dict[Path, tuple[int, ...]]:
     """{path: shape} of the parameters that `network.init(rng, *inputs)` would make."""
     variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    flat = traverse_util.flatten_dict(variables['params'])
+    flat = traverse_util.flatten_dict(variables["params"])
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
@@ -88,18 +89,22 @@ def to_flax(state_dict: Mapping[str, Any], table: Table) -> dict:
     Raises:
       ValueError: arrays are missing, unexpected or of another shape; all three are listed.
     """
-    want = {key: shape for entry in table for key, shape in zip(entry.keys, entry.shapes,
-                                                                strict=True)}
+    want = {key: shape for entry in table for key, shape in zip(entry.keys, entry.shapes, strict=True)}
     have = {key: tuple(np.shape(value)) for key, value in state_dict.items()}
     complaints = [
-        _list('missing', [key for key in want if key not in have]),
-        _list('unexpected', [key for key in have if key not in want]),
-        _list('of another shape', [f'{key} is {have[key]}, not {want[key]}' for key in want
-                                   if key in have and have[key] != want[key]])]
+        _list("missing", [key for key in want if key not in have]),
+        _list("unexpected", [key for key in have if key not in want]),
+        _list(
+            "of another shape",
+            [f"{key} is {have[key]}, not {want[key]}" for key in want if key in have and have[key] != want[key]],
+        ),
+    ]
     if any(complaints):
-        raise ValueError('the weights do not fit this network; '
-                         + '; '.join(filter(None, complaints))
-                         + '; give the options that the weights were trained with')
+        raise ValueError(
+            "the weights do not fit this network; "
+            + "; ".join(filter(None, complaints))
+            + "; give the options that the weights were trained with"
+        )
     flat = {}
     for entry in table:
         arrays = [np.asarray(state_dict[key]).astype(np.float32) for key in entry.keys]
@@ -116,15 +121,23 @@ def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:
     flat = traverse_util.flatten_dict(dict(params))
     want = {entry.path: entry.shape for entry in table}
     complaints = [
-        _list('missing', ['/'.join(path) for path in want if path not in flat]),
-        _list('unexpected', ['/'.join(path) for path in flat if path not in want]),
-        _list('of another shape', [f'{"/".join(path)} is {np.shape(flat[path])}, not {shape}'
-                                   for path, shape in want.items()
-                                   if path in flat and np.shape(flat[path]) != shape])]
+        _list("missing", ["/".join(path) for path in want if path not in flat]),
+        _list("unexpected", ["/".join(path) for path in flat if path not in want]),
+        _list(
+            "of another shape",
+            [
+                f"{'/'.join(path)} is {np.shape(flat[path])}, not {shape}"
+                for path, shape in want.items()
+                if path in flat and np.shape(flat[path]) != shape
+            ],
+        ),
+    ]
     if any(complaints):
-        raise ValueError('the parameters do not fit the table; '
-                         + '; '.join(filter(None, complaints))
-                         + '; make the table from the same options')
+        raise ValueError(
+            "the parameters do not fit the table; "
+            + "; ".join(filter(None, complaints))
+            + "; make the table from the same options"
+        )
     state_dict = {}
     for entry in table:
         arrays = entry.layout.to_torch(np.asarray(flat[entry.path]))
@@ -135,6 +148,6 @@ def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:
 def _list(what: str, items: list[str], most: int = 5) -> str:
     """'3 missing: a, b, c', cut after `most`; empty if there are none."""
     if not items:
-        return ''
-    tail = ', ...' if len(items) > most else ''
-    return f'{len(items)} {what}: {", ".join(items[:most])}{tail}'
+        return ""
+    tail = ", ..." if len(items) > most else ""
+    return f"{len(items)} {what}: {', '.join(items[:most])}{tail}"

@@ -11,8 +11,7 @@ from diffax.models.conditioners import Label, LowRes
 from diffax.models.layers import KERNEL_INITS, PADS, SINUSOIDS, choose, sinusoid
 from diffax.models.unet import POOLS, REMATS, RESAMPLES, Classifier, Context, Encoder, UNet
 
-__all__ = ['Classifier', 'Context', 'Label', 'LowRes', 'Network', 'UNet', 'build',
-           'example_inputs', 'sinusoid']
+__all__ = ["Classifier", "Context", "Label", "LowRes", "Network", "UNet", "build", "example_inputs", "sinusoid"]
 
 Array = jax.Array
 
@@ -32,8 +31,7 @@ class Network(nn.Module):
     conditioners: tuple[tuple[str, nn.Module], ...] = ()
 
     @nn.compact
-    def __call__(self, z: Array, time: Array, cond: Mapping[str, Array], *,
-                 dropout_keys: Array | None = None) -> Array:
+    def __call__(self, z: Array, time: Array, cond: Mapping[str, Array], *, dropout_keys: Array | None = None) -> Array:
         """Reads z at noise level `time` under the conditions `cond`.
 
         Args:
@@ -51,23 +49,26 @@ class Network(nn.Module):
         names = [name for name, _ in self.conditioners]
         for name in names:
             if name not in cond:
-                raise ValueError(f'condition {name!r} is missing; this network takes {names}')
+                raise ValueError(f"condition {name!r} is missing; this network takes {names}")
         for name in cond:
             if name not in names:
-                raise ValueError(f'condition {name!r} is unknown; this network takes {names}')
+                raise ValueError(f"condition {name!r} is unknown; this network takes {names}")
         context = merge([module(cond[name], z) for name, module in self.conditioners])
         return self.unet(z, time, context, dropout_keys=dropout_keys)
 
 
 def merge(contexts: list[Context]) -> Context:
     """One context out of several: vectors are summed, sequences and planes concatenated."""
+
     def gather(field):
         return [part for part in (getattr(c, field) for c in contexts) if part is not None]
 
-    vectors, sequences, planes = gather('vector'), gather('sequence'), gather('planes')
-    return Context(vector=sum(vectors) if vectors else None,
-                   sequence=jnp.concatenate(sequences, 1) if sequences else None,
-                   planes=jnp.concatenate(planes, -1) if planes else None)
+    vectors, sequences, planes = gather("vector"), gather("sequence"), gather("planes")
+    return Context(
+        vector=sum(vectors) if vectors else None,
+        sequence=jnp.concatenate(sequences, 1) if sequences else None,
+        planes=jnp.concatenate(planes, -1) if planes else None,
+    )
 
 
 def example_inputs(network: nn.Module, shape: tuple[int, int, int], batch: int = 1) -> tuple:
@@ -87,8 +88,15 @@ def example_inputs(network: nn.Module, shape: tuple[int, int, int], batch: int =
     return z, time, {name: module.example(z) for name, module in network.conditioners}
 
 
-def build(net: Mapping, *, shape: tuple[int, int, int], takes: tuple[str, ...] = (),
-          num_classes: int = 0, out_channels: int, null_label: bool = False) -> nn.Module:
+def build(
+    net: Mapping,
+    *,
+    shape: tuple[int, int, int],
+    takes: tuple[str, ...] = (),
+    num_classes: int = 0,
+    out_channels: int,
+    null_label: bool = False,
+) -> nn.Module:
     """The network that a config describes.
 
     Args:
@@ -106,59 +114,72 @@ def build(net: Mapping, *, shape: tuple[int, int, int], takes: tuple[str, ...] =
     Raises:
       ValueError: an unknown option, or options that do not fit together.
     """
-    net = {key: tuple(value) if isinstance(value, list | tuple) else value
-           for key, value in dict(net).items()}
-    name = net.pop('name', 'unet')
-    module, outputs = choose({'unet': (UNet, 'out_channels'),
-                              'classifier': (Classifier, 'num_classes')}, name, 'net.name')
-    options = [key for key in module.__dataclass_fields__ if key not in ('parent', 'name', outputs)]
+    net = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in dict(net).items()}
+    name = net.pop("name", "unet")
+    module, outputs = choose(
+        {"unet": (UNet, "out_channels"), "classifier": (Classifier, "num_classes")}, name, "net.name"
+    )
+    options = [key for key in module.__dataclass_fields__ if key not in ("parent", "name", outputs)]
     for key in net:
-        choose(dict.fromkeys(options), key, 'net option')
+        choose(dict.fromkeys(options), key, "net option")
     network = module(**net, **{outputs: out_channels})
     _check(network, shape)
 
     def label():
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; a network that takes 'label' needs "
-                             'at least 1')
-        return Label(num_classes, 4 * network.channels, null_label, name='label')
+            raise ValueError(f"num_classes is {num_classes}; a network that takes 'label' needs at least 1")
+        return Label(num_classes, 4 * network.channels, null_label, name="label")
 
-    makers = {'label': label, 'low_res': lambda: LowRes(name='low_res')}
-    conditioners = tuple((name, choose(makers, name, 'condition')()) for name in takes)
+    makers = {"label": label, "low_res": lambda: LowRes(name="low_res")}
+    conditioners = tuple((name, choose(makers, name, "condition")()) for name in takes)
     if isinstance(network, Classifier):
         if takes:
-            raise ValueError(f'a classifier takes no conditions; takes is {takes}')
+            raise ValueError(f"a classifier takes no conditions; takes is {takes}")
         return network
     return Network(network, conditioners)
 
 
 def _check(net: Encoder, shape: tuple[int, int, int]) -> None:
     """Raises a ValueError if `net` has an unknown option, or cannot run on images of `shape`."""
-    valid = dict(resample=RESAMPLES, downsample_pad=PADS, sinusoid=SINUSOIDS, remat=REMATS,
-                 kernel_init=KERNEL_INITS, dtype=('float32', 'bfloat16'), pool=POOLS)
+    valid = dict(
+        resample=RESAMPLES,
+        downsample_pad=PADS,
+        sinusoid=SINUSOIDS,
+        remat=REMATS,
+        kernel_init=KERNEL_INITS,
+        dtype=("float32", "bfloat16"),
+        pool=POOLS,
+    )
     for key, names in valid.items():
         if hasattr(net, key):
-            choose(dict.fromkeys(names), getattr(net, key), f'net.{key}')
+            choose(dict.fromkeys(names), getattr(net, key), f"net.{key}")
 
-    factors = [2 ** level for level in range(len(net.widths))]
+    factors = [2**level for level in range(len(net.widths))]
     if isinstance(net, UNet) and any(size % factors[-1] for size in shape[:2]):
-        raise ValueError(f'shape {tuple(shape)} cannot be halved {len(factors) - 1} times; use '
-                         f'multiples of {factors[-1]} or fewer entries in net.channel_mult')
-    attention = {*net.attention, *(getattr(net, 'attention_up', None) or ())}
+        raise ValueError(
+            f"shape {tuple(shape)} cannot be halved {len(factors) - 1} times; use "
+            f"multiples of {factors[-1]} or fewer entries in net.channel_mult"
+        )
+    attention = {*net.attention, *(getattr(net, "attention_up", None) or ())}
     for factor in attention - {*factors}:
-        raise ValueError(f'net.attention {factor} is no downsampling factor of this network; '
-                         f'they are {factors}')
+        raise ValueError(f"net.attention {factor} is no downsampling factor of this network; they are {factors}")
     for factor, width in zip(factors, net.widths, strict=True):
         if width < 1 or width % net.groups:
-            raise ValueError(f'net.channels {net.channels} and net.channel_mult '
-                             f'{net.channel_mult} make a level of {width} channels; it must be a '
-                             f'multiple of net.groups {net.groups}')
+            raise ValueError(
+                f"net.channels {net.channels} and net.channel_mult "
+                f"{net.channel_mult} make a level of {width} channels; it must be a "
+                f"multiple of net.groups {net.groups}"
+            )
         if factor not in attention and not (net.mid_attention and factor == factors[-1]):
             continue
         if net.head_channels and width % net.head_channels:
-            raise ValueError(f'net.head_channels {net.head_channels} does not divide the {width} '
-                             f'channels at factor {factor}; change it or net.channels')
-        for heads in {net.heads, getattr(net, 'heads_up', 0) or net.heads}:
+            raise ValueError(
+                f"net.head_channels {net.head_channels} does not divide the {width} "
+                f"channels at factor {factor}; change it or net.channels"
+            )
+        for heads in {net.heads, getattr(net, "heads_up", 0) or net.heads}:
             if not net.head_channels and (heads < 1 or width % heads):
-                raise ValueError(f'{heads} heads do not divide the {width} channels at factor '
-                                 f'{factor}; change net.heads, net.heads_up or net.channels')
+                raise ValueError(
+                    f"{heads} heads do not divide the {width} channels at factor "
+                    f"{factor}; change net.heads, net.heads_up or net.channels"
+                )

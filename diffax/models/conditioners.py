@@ -31,8 +31,9 @@ class Label(nn.Module):
         """label: [B] integers. A label out of range gives NaN."""
         del z
         # torch.nn.Embedding starts as N(0, 1)
-        table = nn.Embed(self.num_classes + self.null_label, self.features,
-                         embedding_init=nn.initializers.normal(1.), name='embed')
+        table = nn.Embed(
+            self.num_classes + self.null_label, self.features, embedding_init=nn.initializers.normal(1.0), name="embed"
+        )
         return Context(vector=table(label))
 
     def example(self, z: Array) -> Array:
@@ -46,7 +47,7 @@ class LowRes(nn.Module):
         """low_res: [B, h, w, K] of any size, in [-1, 1]; bilinear, half-pixel centres."""
         shape = (*z.shape[:3], low_res.shape[-1])
         low_res = low_res.astype(jnp.float32)
-        return Context(planes=jax.image.resize(low_res, shape, 'bilinear', antialias=False))
+        return Context(planes=jax.image.resize(low_res, shape, "bilinear", antialias=False))
 
     def example(self, z: Array) -> Array:
         batch, height, width, channels = z.shape

@@ -16,13 +16,13 @@ Array = jax.Array
 
 KERNEL_INITS = {
     # torch.nn.Conv2d / Linear: uniform in +-1/sqrt(fan_in)
-    'torch': ('fan_in', 1 / 3),
+    "torch": ("fan_in", 1 / 3),
     # Ho et al. 2020, released code: Glorot uniform
-    'ho': ('fan_avg', 1.0),
+    "ho": ("fan_avg", 1.0),
 }
 # the waves in their order, and how many fewer steps than waves from period 2 pi to the longest
-SINUSOIDS = {'openai': ((jnp.cos, jnp.sin), 0), 'ho': ((jnp.sin, jnp.cos), 1)}
-PADS = {'both': (1, 1), 'end': (0, 1)}
+SINUSOIDS = {"openai": ((jnp.cos, jnp.sin), 0), "ho": ((jnp.sin, jnp.cos), 1)}
+PADS = {"both": (1, 1), "end": (0, 1)}
 
 
 class Style(NamedTuple):
@@ -37,39 +37,46 @@ class Style(NamedTuple):
 
     groups: int = 32
     norm_eps: float = 1e-5
-    kernel_init: str = 'torch'
-    dtype: str = 'float32'
+    kernel_init: str = "torch"
+    dtype: str = "float32"
 
 
 def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
     """`table[name]`, or a ValueError that lists the names there are."""
     if name not in table:
-        raise ValueError(f'{what} {name!r} is unknown; use one of {", ".join(map(repr, table))}')
+        raise ValueError(f"{what} {name!r} is unknown; use one of {', '.join(map(repr, table))}")
     return table[name]
 
 
 def kernel_init(style: Style, *, zero: bool = False, **axes) -> Callable:
     """The initialiser of a kernel; `axes` are those of `variance_scaling`."""
-    mode, scale = choose(KERNEL_INITS, style.kernel_init, 'kernel_init')
+    mode, scale = choose(KERNEL_INITS, style.kernel_init, "kernel_init")
     if zero:
         return nn.initializers.zeros
-    return nn.initializers.variance_scaling(scale, mode, 'uniform', **axes)
+    return nn.initializers.variance_scaling(scale, mode, "uniform", **axes)
 
 
-def conv(style: Style, features: int, size: int = 3, *, stride: int = 1, pad='SAME',
-         zero: bool = False, name: str) -> nn.Conv:
+def conv(
+    style: Style, features: int, size: int = 3, *, stride: int = 1, pad="SAME", zero: bool = False, name: str
+) -> nn.Conv:
     """A square convolution. `zero` starts it at zero, so that its branch is first the identity."""
-    return nn.Conv(features, (size, size), strides=stride, padding=pad, dtype=style.dtype,
-                   kernel_init=kernel_init(style, zero=zero), name=name)
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=pad,
+        dtype=style.dtype,
+        kernel_init=kernel_init(style, zero=zero),
+        name=name,
+    )
 
 
 def dense(style: Style, features: int, *, zero: bool = False, name: str) -> nn.Dense:
     """A linear layer on the last axis."""
-    return nn.Dense(features, dtype=style.dtype, kernel_init=kernel_init(style, zero=zero),
-                    name=name)
+    return nn.Dense(features, dtype=style.dtype, kernel_init=kernel_init(style, zero=zero), name=name)
 
 
-def sinusoid(time: Array, width: int, kind: str = 'openai', max_period: float = 10_000.) -> Array:
+def sinusoid(time: Array, width: int, kind: str = "openai", max_period: float = 10_000.0) -> Array:
     """Sinusoidal embedding of the network's clock (Vaswani et al. 2017, section 3.5).
 
     Args:
@@ -83,7 +90,7 @@ def sinusoid(time: Array, width: int, kind: str = 'openai', max_period: float = 
       [B, width] float32.
     """
     half = width // 2
-    waves, fewer = choose(SINUSOIDS, kind, 'sinusoid')
+    waves, fewer = choose(SINUSOIDS, kind, "sinusoid")
     frequency = [max_period ** (-i / max(half - fewer, 1)) for i in range(half)]
     phase = time.astype(jnp.float32)[:, None] * jnp.asarray(frequency, jnp.float32)
     columns = [wave(phase) for wave in waves]
@@ -105,8 +112,10 @@ class GroupNorm(nn.Module):
         """x: [B, ..., C]; scale, shift: [B, C]. Returns norm(x) * (1 + scale) + shift."""
         batch, channels = x.shape[0], x.shape[-1]
         if channels % self.style.groups:
-            raise ValueError(f'{channels} channels cannot be normalised in {self.style.groups} '
-                             'groups; change channels, channel_mult or groups')
+            raise ValueError(
+                f"{channels} channels cannot be normalised in {self.style.groups} "
+                "groups; change channels, channel_mult or groups"
+            )
         pixels = tuple(range(1, x.ndim - 1))
 
         def over_groups(per_channel):
@@ -117,8 +126,8 @@ class GroupNorm(nn.Module):
         def spread(per_channel):
             return jnp.expand_dims(per_channel, pixels)
 
-        gain = self.param('scale', nn.initializers.ones, (channels,))
-        bias = self.param('bias', nn.initializers.zeros, (channels,))
+        gain = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
         mean = over_groups(x.mean(pixels))
         variance = over_groups(jnp.square(x - spread(mean)).mean(pixels))
@@ -133,8 +142,8 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     """Softmax attention of q [B, heads, T, D] to k, v [B, heads, S, D]: [B, heads, T, D]."""
     # the 1/sqrt(D) is shared by q and k, so that bfloat16 products stay in range
     root = q.shape[-1] ** -0.25
-    logits = jnp.einsum('bhtd,bhsd->bhts', q * root, k * root, preferred_element_type=jnp.float32)
-    return jnp.einsum('bhts,bhsd->bhtd', jax.nn.softmax(logits, -1).astype(v.dtype), v)
+    logits = jnp.einsum("bhtd,bhsd->bhts", q * root, k * root, preferred_element_type=jnp.float32)
+    return jnp.einsum("bhts,bhsd->bhtd", jax.nn.softmax(logits, -1).astype(v.dtype), v)
 
 
 class SelfAttention(nn.Module):
@@ -154,15 +163,16 @@ class SelfAttention(nn.Module):
         """x: [B, T, C]. Returns [B, T, features]."""
         batch, tokens, channels = x.shape
         if channels % self.heads:
-            raise ValueError(f'{channels} channels cannot be split into {self.heads} heads; '
-                             'change heads, heads_up or head_channels')
+            raise ValueError(
+                f"{channels} channels cannot be split into {self.heads} heads; change heads, heads_up or head_channels"
+            )
         shape = (3, self.heads, channels // self.heads)
         init = kernel_init(self.style, in_axis=0, out_axis=(2, 3), batch_axis=1)
-        kernel = self.param('qkv_kernel', init, (channels, *shape)).astype(self.style.dtype)
-        bias = self.param('qkv_bias', nn.initializers.zeros, shape).astype(self.style.dtype)
-        qkv = jnp.einsum('btc,cnhd->nbhtd', x, kernel) + bias[:, None, :, None]
+        kernel = self.param("qkv_kernel", init, (channels, *shape)).astype(self.style.dtype)
+        bias = self.param("qkv_bias", nn.initializers.zeros, shape).astype(self.style.dtype)
+        qkv = jnp.einsum("btc,cnhd->nbhtd", x, kernel) + bias[:, None, :, None]
         mixed = attend(*qkv).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
-        return dense(self.style, self.features, zero=self.zero, name='proj')(mixed)
+        return dense(self.style, self.features, zero=self.zero, name="proj")(mixed)
 
 
 class AttentionBlock(nn.Module):
@@ -174,8 +184,8 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.style, name='norm')(x).reshape(batch, height * width, channels)
-        h = SelfAttention(self.style, self.heads, channels, zero=True, name='attention')(h)
+        h = GroupNorm(self.style, name="norm")(x).reshape(batch, height * width, channels)
+        h = SelfAttention(self.style, self.heads, channels, zero=True, name="attention")(h)
         return x + h.reshape(x.shape)
 
 
@@ -190,12 +200,12 @@ def downsample(x: Array) -> Array:
     """Half the size, mean of 2x2 pixels; an odd last row or column is dropped."""
     batch, height, width, channels = x.shape
     height, width = height // 2, width // 2
-    x = x[:, :2 * height, :2 * width].reshape(batch, height, 2, width, 2, channels)
+    x = x[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
     return x.mean((2, 4))
 
 
 class Dropout(nn.Module):
-    """Dropout with one key per example: its mask does not depend on how the batch is cut over devices."""
+    """Dropout with one key per example: a mask is the same however the batch is divided."""
 
     rate: float
 
@@ -204,7 +214,7 @@ class Dropout(nn.Module):
         """x: [B, ...], keys: [B] typed PRNG keys, or None for no dropout."""
         if keys is None or not self.rate:
             return x
-        place = zlib.crc32('/'.join(self.path).encode())
+        place = zlib.crc32("/".join(self.path).encode())
 
         def mask(key):
             return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.rate, x.shape[1:])
@@ -222,30 +232,30 @@ class ResBlock(nn.Module):
 
     style: Style
     channels: int
-    dropout: float = 0.
+    dropout: float = 0.0
     scale_shift: bool = False
     resample: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array, vector: Array, keys: Array | None) -> Array:
         """x: [B, H, W, C], vector: [B, E], keys: see `Dropout`. Returns [B, H', W', channels]."""
-        h = nn.silu(GroupNorm(self.style, name='norm1')(x))
+        h = nn.silu(GroupNorm(self.style, name="norm1")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = conv(self.style, self.channels, name='conv1')(h)
+        h = conv(self.style, self.channels, name="conv1")(h)
 
         clock = nn.silu(vector).astype(self.style.dtype)
-        clock = dense(self.style, self.channels * (1 + self.scale_shift), name='time')(clock)
-        norm = GroupNorm(self.style, name='norm2')
+        clock = dense(self.style, self.channels * (1 + self.scale_shift), name="time")(clock)
+        norm = GroupNorm(self.style, name="norm2")
         if self.scale_shift:
             h = norm(h, *jnp.split(clock, 2, axis=-1))
         else:
             h = norm(h + clock[:, None, None])
-        h = Dropout(self.dropout, name='dropout')(nn.silu(h), keys)
-        h = conv(self.style, self.channels, zero=True, name='conv2')(h)
+        h = Dropout(self.dropout, name="dropout")(nn.silu(h), keys)
+        h = conv(self.style, self.channels, zero=True, name="conv2")(h)
 
         if x.shape[-1] != self.channels:
-            x = conv(self.style, self.channels, 1, name='skip')(x)
+            x = dense(self.style, self.channels, name="skip")(x)
         return x + h
 
 
@@ -257,8 +267,8 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        edges = choose(PADS, self.pad, 'downsample_pad')
-        return conv(self.style, x.shape[-1], stride=2, pad=(edges, edges), name='conv')(x)
+        edges = choose(PADS, self.pad, "downsample_pad")
+        return conv(self.style, x.shape[-1], stride=2, pad=(edges, edges), name="conv")(x)
 
 
 class Upsample(nn.Module):
@@ -268,4 +278,4 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return conv(self.style, x.shape[-1], name='conv')(upsample(x))
+        return conv(self.style, x.shape[-1], name="conv")(upsample(x))

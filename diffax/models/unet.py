@@ -27,9 +27,9 @@ from diffax.models.layers import (
 )
 
 Array = jax.Array
-RESAMPLES = ('conv', 'pool', 'biggan')
-REMATS = ('none', 'blocks')
-POOLS = ('attention', 'adaptive', 'spatial', 'spatial_v2')
+RESAMPLES = ("conv", "pool", "biggan")
+REMATS = ("none", "blocks")
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
 class Context(NamedTuple):
@@ -73,17 +73,17 @@ class Encoder(nn.Module):
     attention: tuple[int, ...] = (2,)
     heads: int = 1
     head_channels: int = 0
-    dropout: float = 0.
+    dropout: float = 0.0
     scale_shift: bool = False
-    resample: str = 'conv'
-    downsample_pad: str = 'both'
-    sinusoid: str = 'openai'
+    resample: str = "conv"
+    downsample_pad: str = "both"
+    sinusoid: str = "openai"
     norm_eps: float = 1e-5
     groups: int = 32
-    kernel_init: str = 'torch'
-    dtype: str = 'float32'
+    kernel_init: str = "torch"
+    dtype: str = "float32"
     mid_attention: bool = True
-    remat: str = 'none'
+    remat: str = "none"
 
     @property
     def style(self) -> Style:
@@ -97,13 +97,13 @@ class Encoder(nn.Module):
     def res_block(self, width: int, name: str, resample=None):
         """A function (x, vector, dropout keys) -> x."""
         remat = nn.remat(ResBlock)
-        block = choose({'none': ResBlock, 'blocks': remat}, self.remat, 'remat')
+        block = choose({"none": ResBlock, "blocks": remat}, self.remat, "remat")
         return block(self.style, width, self.dropout, self.scale_shift, resample, name=name)
 
     def attention_block(self, width: int, heads: int, name: str):
         """A function x -> x."""
         remat = nn.remat(AttentionBlock)
-        block = choose({'none': AttentionBlock, 'blocks': remat}, self.remat, 'remat')
+        block = choose({"none": AttentionBlock, "blocks": remat}, self.remat, "remat")
         return block(self.style, self.num_heads(width, heads), name=name)
 
     def num_heads(self, width: int, heads: int) -> int:
@@ -111,34 +111,34 @@ class Encoder(nn.Module):
 
     def embed_time(self, time: Array) -> Array:
         """[B] -> [B, 4 * channels], float32 whatever the compute dtype."""
-        style = self.style._replace(dtype='float32')
+        style = self.style._replace(dtype="float32")
         h = sinusoid(time, self.channels, self.sinusoid)
-        h = dense(style, 4 * self.channels, name='time_0')(h)
-        return dense(style, 4 * self.channels, name='time_1')(nn.silu(h))
+        h = dense(style, 4 * self.channels, name="time_0")(h)
+        return dense(style, 4 * self.channels, name="time_1")(nn.silu(h))
 
     def encode(self, x: Array, vector: Array, keys: Array | None) -> tuple[Array, list[Array]]:
         """Returns the middle's output and the activations on the way down, first to last."""
-        h = conv(self.style, self.widths[0], name='conv_in')(x.astype(self.dtype))
+        h = conv(self.style, self.widths[0], name="conv_in")(x.astype(self.dtype))
         skips = [h]
         for level, width in enumerate(self.widths):
             for i in range(self.num_res_blocks):
-                h = self.res_block(width, f'down_{level}_block_{i}')(h, vector, keys)
-                if 2 ** level in self.attention:
-                    h = self.attention_block(width, self.heads, f'down_{level}_attention_{i}')(h)
+                h = self.res_block(width, f"down_{level}_block_{i}")(h, vector, keys)
+                if 2**level in self.attention:
+                    h = self.attention_block(width, self.heads, f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < len(self.widths) - 1:
-                name = f'down_{level}_downsample'
-                if self.resample == 'biggan':
+                name = f"down_{level}_downsample"
+                if self.resample == "biggan":
                     h = self.res_block(width, name, downsample)(h, vector, keys)
-                elif self.resample == 'conv':
+                elif self.resample == "conv":
                     h = Downsample(self.style, self.downsample_pad, name=name)(h)
                 else:
                     h = downsample(h)
                 skips.append(h)
-        h = self.res_block(width, 'mid_block_0')(h, vector, keys)
+        h = self.res_block(width, "mid_block_0")(h, vector, keys)
         if self.mid_attention:
-            h = self.attention_block(width, self.heads, 'mid_attention')(h)
-        return self.res_block(width, 'mid_block_1')(h, vector, keys), skips
+            h = self.attention_block(width, self.heads, "mid_attention")(h)
+        return self.res_block(width, "mid_block_1")(h, vector, keys), skips
 
 
 class UNet(Encoder):
@@ -155,8 +155,7 @@ class UNet(Encoder):
     attention_up: tuple[int, ...] | None = None
 
     @nn.compact
-    def __call__(self, z: Array, time: Array, context: Context, *,
-                 dropout_keys: Array | None = None) -> Array:
+    def __call__(self, z: Array, time: Array, context: Context, *, dropout_keys: Array | None = None) -> Array:
         """Reads z at noise level `time`.
 
         Args:
@@ -173,11 +172,13 @@ class UNet(Encoder):
         """
         factor = 2 ** (len(self.widths) - 1)
         if z.shape[1] % factor or z.shape[2] % factor:
-            raise ValueError(f'images of {z.shape[1]} x {z.shape[2]} cannot be halved '
-                             f'{len(self.widths) - 1} times; use multiples of {factor} or fewer '
-                             'entries in channel_mult')
+            raise ValueError(
+                f"images of {z.shape[1]} x {z.shape[2]} cannot be halved "
+                f"{len(self.widths) - 1} times; use multiples of {factor} or fewer "
+                "entries in channel_mult"
+            )
         if context.sequence is not None:
-            raise ValueError('this network attends to no sequence; leave context.sequence None')
+            raise ValueError("this network attends to no sequence; leave context.sequence None")
         vector = self.embed_time(time)
         if context.vector is not None:
             vector = vector + context.vector
@@ -189,21 +190,20 @@ class UNet(Encoder):
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], -1)
-                h = self.res_block(width, f'up_{level}_block_{i}')(h, vector, dropout_keys)
-                if 2 ** level in attention:
-                    h = self.attention_block(width, self.heads_up or self.heads,
-                                             f'up_{level}_attention_{i}')(h)
+                h = self.res_block(width, f"up_{level}_block_{i}")(h, vector, dropout_keys)
+                if 2**level in attention:
+                    h = self.attention_block(width, self.heads_up or self.heads, f"up_{level}_attention_{i}")(h)
             if level:
-                name = f'up_{level}_upsample'
-                if self.resample == 'biggan':
+                name = f"up_{level}_upsample"
+                if self.resample == "biggan":
                     h = self.res_block(width, name, upsample)(h, vector, dropout_keys)
-                elif self.resample == 'conv':
+                elif self.resample == "conv":
                     h = Upsample(self.style, name=name)(h)
                 else:
                     h = upsample(h)
-        head = self.style._replace(dtype='float32')
-        h = nn.silu(GroupNorm(head, name='norm_out')(h))
-        return conv(head, self.out_channels, zero=True, name='conv_out')(h)
+        head = self.style._replace(dtype="float32")
+        h = nn.silu(GroupNorm(head, name="norm_out")(h))
+        return conv(head, self.out_channels, zero=True, name="conv_out")(h)
 
 
 class Classifier(Encoder):
@@ -217,36 +217,43 @@ class Classifier(Encoder):
     """
 
     num_classes: int = 1000
-    pool: str = 'attention'
+    pool: str = "attention"
 
     @nn.compact
     def __call__(self, z: Array, time: Array, *, dropout_keys: Array | None = None) -> Array:
         """z: [B, H, W, C], time: [B]. Returns logits [B, num_classes] float32."""
         h, skips = self.encode(z, self.embed_time(time), dropout_keys)
-        head = self.style._replace(dtype='float32')
-        pooled = choose({'attention': self._attention, 'adaptive': self._adaptive,
-                         'spatial': self._spatial, 'spatial_v2': self._spatial}, self.pool, 'pool')
+        head = self.style._replace(dtype="float32")
+        pooled = choose(
+            {
+                "attention": self._attention,
+                "adaptive": self._adaptive,
+                "spatial": self._spatial,
+                "spatial_v2": self._spatial,
+            },
+            self.pool,
+            "pool",
+        )
         return pooled(head, h, skips)
 
     def _attention(self, head: Style, h: Array, skips: list[Array]) -> Array:
-        h = nn.silu(GroupNorm(head, name='norm_out')(h))
+        h = nn.silu(GroupNorm(head, name="norm_out")(h))
         tokens = h.reshape(h.shape[0], -1, h.shape[-1])
         tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], 1)
         width = tokens.shape[-1]
-        position = self.param('position', nn.initializers.normal(width ** -0.5), tokens.shape[1:])
-        pool = SelfAttention(head, self.num_heads(width, self.heads), self.num_classes,
-                             name='attention')
+        position = self.param("position", nn.initializers.normal(width**-0.5), tokens.shape[1:])
+        pool = SelfAttention(head, self.num_heads(width, self.heads), self.num_classes, name="attention")
         return pool(tokens + position)[:, 0]
 
     def _adaptive(self, head: Style, h: Array, skips: list[Array]) -> Array:
-        h = nn.silu(GroupNorm(head, name='norm_out')(h)).mean((1, 2))
-        return dense(head, self.num_classes, zero=True, name='logits')(h)
+        h = nn.silu(GroupNorm(head, name="norm_out")(h)).mean((1, 2))
+        return dense(head, self.num_classes, zero=True, name="logits")(h)
 
     def _spatial(self, head: Style, h: Array, skips: list[Array]) -> Array:
         means = [x.astype(jnp.float32).mean((1, 2)) for x in (*skips, h)]
-        h = dense(head, 2048, name='hidden')(jnp.concatenate(means, -1))
-        if self.pool == 'spatial':
+        h = dense(head, 2048, name="hidden")(jnp.concatenate(means, -1))
+        if self.pool == "spatial":
             h = nn.relu(h)
         else:
-            h = nn.silu(GroupNorm(head, name='norm_hidden')(h))
-        return dense(head, self.num_classes, name='logits')(h)
+            h = nn.silu(GroupNorm(head, name="norm_hidden")(h))
+        return dense(head, self.num_classes, name="logits")(h)

@@ -104,7 +104,8 @@ def diffusers_unet(meta, inputs, params):
 
     network, params, _ = load(architecture, table_of, params)
     time = jnp.broadcast_to(clock(inputs), inputs["x"].shape[:1])
-    cond = {"label": jnp.asarray(inputs[key]) for key in ("class_labels", "y") if key in inputs}
+    label = inputs.get("class_labels", inputs.get("y"))
+    cond = {} if label is None else {"label": jnp.asarray(label)}
     return {"y": nchw(jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), time, cond))}
 
 
