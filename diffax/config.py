@@ -164,7 +164,9 @@ STAGE: dict[str, Field] = {
     "loss.weight": _float(1.0, 0, 10**6, above=True),
     "timesteps.name": _choice("uniform", "uniform", "stratified", "loss_second_moment"),
     "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold"),
-    "sampler.name": _choice("ddpm", "ddpm", "ddim"),
+    "sampler.name": _choice(
+        "ddpm", "ddpm", "ddim", "heun", "dpm_solver_2m", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc"
+    ),
     "sampler.eta": _float(0.0, 0, 1),
     "steps": Field("", str),
     "train.steps": _int(800_000, 1),
@@ -294,7 +296,7 @@ def tiny(config: ConfigDict, data: str = "digits") -> ConfigDict:
         stage.train.update(log_every=50, save_every=500, sample_every=500)
     config.name = f"{config.name}_tiny"
     config.sample.update(num=16, batch_size=16, columns=4)
-    config.eval.update(num=64, batch_size=32, bpd_num=32)
+    config.eval.update(num=64, batch_size=64, bpd_num=32)
     return config
 
 

@@ -1,5 +1,6 @@
 """How good a trained model is, in numbers (floor 4)."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffax import data, images, parallel, pipeline, stages
+from diffax import data, editing, images, losses, parallel, pipeline, stages
 from diffax.errors import UserError
 
 # An SVC on more pictures than this takes longer than the pictures themselves.
@@ -58,7 +59,7 @@ def judge(section: Mapping[str, Any]) -> tuple[Callable[[np.ndarray], np.ndarray
 
 def bits_per_dim(
     stage: stages.Stage, params: Any, batch: Mapping[str, np.ndarray], *, batch_size: int, seed: int = 0
-) -> dict[str, np.ndarray]:
+) -> losses.BitsPerDim:
     """The variational bound of pictures, along the stage's sampling steps (DDPM section 4; Improved DDPM section 3).
 
     Args:
@@ -69,22 +70,22 @@ def bits_per_dim(
       seed: of the noise, one draw for every term.
 
     Returns:
-      total [N], prior [N], terms [N, T], x_mse [N, T] and eps_mse [N, T], noisiest step first.
+      The bound and its terms, as numpy.
     """
     pure = stages.bits_per_dim_fn(stage)
-    run = parallel.map_batch(lambda params, image, keys, cond: pure(params, image, keys, **cond)._asdict())
+    run = parallel.map_batch(lambda params, image, keys, cond: pure(params, image, keys, **cond))
     n = len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
     done = []
     for start in range(0, n, batch_size):
         index = np.minimum(np.arange(start, start + batch_size), n - 1)
         out = run(params, batch["image"][index], keys[index], {k: batch[k][index] for k in stage.takes})
-        done.append({k: np.asarray(v)[: n - start] for k, v in out.items()})
-    return {k: np.concatenate([d[k] for d in done]) for k in done[0]}
+        done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
 
 
 def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[dict]:
-    """Scores the last stage's steps as configured, then every respacing in `settings['steps']`.
+    """Scores every respacing in `settings['steps']`, or the last stage's own if there is none.
 
     Args:
       sample_fn: the trained model.
@@ -92,19 +93,21 @@ def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: M
       settings: the config's `eval`: num, batch_size, bpd_num, steps.
 
     Yields:
-      Rows: steps, bits_per_dim, accuracy of `settings['num']` labelled samples, and `_samples` (the first pictures).
+      Rows: steps, bits_per_dim, accuracy of `settings['num']` labelled samples; and for pictures `_samples` (the first
+      ones) and `_curve` (a `RateDistortion`).
     """
     stage = sample_fn.stages[-1]
     labelled = "label" in stage.takes
     classify, real_accuracy = judge(section) if labelled and settings["num"] else (None, None)
     real = examples(held_out(section), section, max(settings["bpd_num"], 1))
-    for steps in (section["steps"], *settings["steps"]):
+    for steps in settings["steps"] or (section["steps"],):
         respaced = stages.build_steps(stage.schedule, stage.train_steps, steps)
         row: dict[str, Any] = {"steps": len(respaced.t.time)}
         if settings["bpd_num"] and stage.train_steps:
-            shorter = stage.__class__(**{**stage.__dict__, "sampling": respaced})
+            shorter = dataclasses.replace(stage, sampling=respaced)
             bound = bits_per_dim(shorter, sample_fn.params[stage.name], real, batch_size=settings["batch_size"])
-            row["bits_per_dim"] = float(np.mean(bound["total"]))
+            row["bits_per_dim"] = float(np.mean(bound.total))
+            row["_curve"] = editing.rate_distortion(bound)
         if classify is not None:
             label = pipeline.spread_labels(settings["num"], stage.num_classes)
             made = sample_fn(1, label=label, steps=steps, batch_size=settings["batch_size"])

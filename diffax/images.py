@@ -245,12 +245,7 @@ def loss_curve(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], 
             curves[key] = np.array(points, np.float64).T
     if not curves:
         raise UserError(f"no metrics to draw among {', '.join(keys)}; {path}; train longer or log more often")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _figure("step", next(iter(curves)) if len(curves) == 1 else "value")
     logarithmic = all((values > 0).all() for _, values in curves.values())
     for key, (steps, values) in curves.items():
         smooth = _smooth(np.log(values) if logarithmic else values)
@@ -259,11 +254,35 @@ def loss_curve(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], 
             steps, values, color=line.get_color(), alpha=0.25, linewidth=1, marker="." if len(steps) < 50 else None
         )
     axes.set_yscale("log" if logarithmic else "linear")
-    axes.set_xlabel("step")
-    axes.set_ylabel(next(iter(curves)) if len(curves) == 1 else "value")
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def line_plot(path: str | os.PathLike[str], x: np.ndarray, y: np.ndarray, *, xlabel: str, ylabel: str) -> None:
+    """Draws one curve as a PNG.
+
+    Args:
+        path: file to write.
+        x: [N]; y: [N].
+        xlabel: what x is, with its unit; ylabel: what y is.
+    """
+    figure, axes = _figure(xlabel, ylabel)
+    axes.plot(x, y, linewidth=2)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _figure(xlabel: str, ylabel: str):
+    """(figure, axes) that need no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3, which="both")
+    return figure, axes
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

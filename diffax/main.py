@@ -66,6 +66,8 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
     if parallel.process_index() == 0:
         text = json.dumps(config, indent=2) + "\n"
         images.write_atomically(job.workdir / "config.json", lambda f: f.write(text.encode()))
+        names = json.dumps(source.class_names)
+        images.write_atomically(folder / "classes.json", lambda f: f.write(names.encode()))
 
     def batches(first_step: int):
         return data.batches(
@@ -102,12 +104,11 @@ def write_samples(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path
 def run_sample(job: Job) -> None:
     """Samples from a trained workdir into one picture."""
     sample_fn = load_trained(job)
-    section = job.config[sample_fn.stages[-1].name]
     path = pathlib.Path(job.args.output or job.workdir / "samples.png")
     if job.args.output and path.exists() and not job.args.overwrite:
         raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
     if parallel.process_index() == 0:
-        write_samples(sample_fn, job.config, path, class_names(section))
+        write_samples(sample_fn, job.config, path, class_names(job.workdir / sample_fn.stages[0].name))
         print(f"samples: {path}")
 
 
@@ -123,11 +124,25 @@ def run_evaluate(job: Job) -> None:
         rows.append(row)
     header = {"name": job.config["name"], "training_step": dict(sample_fn.step)}
     print(evaluate.write_report(job.workdir, rows, header))
-    if "_samples" in rows[0]:
-        for row in rows:
-            path = job.workdir / f"evaluation_{row['steps']}_steps.png"
-            pipeline.draw_grid(path, row["_samples"], columns=stage.num_classes)
+    for row in rows:
+        end = f"{row['steps']}_steps.png"
+        if "_samples" in row:
+            pipeline.draw_grid(job.workdir / f"evaluation_{end}", row["_samples"], columns=stage.num_classes)
+        if "_curve" in row:
+            x, y = row["_curve"]
+            labels = {"xlabel": "rate, bits per dimension", "ylabel": "distortion, RMSE of 0 to 255"}
+            images.line_plot(job.workdir / f"rate_distortion_{end}", x, y, **labels)
+    write_progress(sample_fn, job.config, job.workdir / "progressive.png")
     print(f"report: {job.workdir / 'evaluation.md'}")
+
+
+def write_progress(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path) -> None:
+    """A row for each of a few pictures: what the model takes them for on the way (DDPM, figure 6)."""
+    rows, moments = 8, 10
+    _, kept = sample_fn(
+        config["sample"]["seed"], rows, keep=moments, **pipeline.sample_conditions(sample_fn.stages, rows)
+    )
+    pipeline.draw_grid(path, kept.reshape(rows * moments, *kept.shape[2:]), columns=moments)
 
 
 MODES: dict[str, Callable[[Job], None]] = {
@@ -137,12 +152,10 @@ MODES: dict[str, Callable[[Job], None]] = {
 }
 
 
-def class_names(section: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the labels where the data are at hand; they are not needed for sampling."""
-    try:
-        return data.load_source(section["data"], shape=section["shape"]).class_names
-    except UserError:
-        return ()
+def class_names(folder: pathlib.Path) -> list[str]:
+    """Names of the labels that a stage was trained on, from its folder; empty if they have none."""
+    path = folder / "classes.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def load_trained(job: Job) -> pipeline.SampleFn:

@@ -17,6 +17,9 @@ from diffax.errors import UserError
 
 Params = Any
 
+# What may be chosen anew for parameters that are there.
+NOT_IN_THE_NETWORK = ("data", "train", "loss", "timesteps", "guidance", "sampler", "steps")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleFn:
@@ -39,23 +42,6 @@ class SampleFn:
         """The conditions that a call must give."""
         made = {"low_res"} if len(self.stages) > 1 else set()
         return tuple(dict.fromkeys(c for s in self.stages for c in s.takes if c not in made))
-
-    @functools.cache  # noqa: B019  (as long-lived as the programs that it compiles)
-    def _compiled(self, steps: str | None, sampler: str | None, eta: float, keep: int):
-        chosen = self.stages
-        if steps is not None:
-            chosen = [
-                dataclasses.replace(s, sampling=stages.build_steps(s.schedule, s.train_steps, steps)) for s in chosen
-            ]
-        if sampler is not None:
-            chosen = [dataclasses.replace(s, sampler=samplers.SAMPLERS[sampler](eta)) for s in chosen]
-        pure = stages.sample_fn(chosen, keep=keep)
-
-        def run(params, keys, cond):
-            out = pure(params, keys, **cond)
-            return (out[0], out[1].swapaxes(0, 1)) if keep else out
-
-        return parallel.map_batch(run)
 
     def __call__(
         self,
@@ -96,7 +82,7 @@ class SampleFn:
         if batch_size < 1 or keep < 0:
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         try:
-            run = self._compiled(None if steps is None else str(steps), sampler, float(eta), keep)
+            run = _compiled(self.stages, None if steps is None else str(steps), sampler, float(eta), keep)
         except ValueError as error:
             raise UserError(f"{error}; sample_fn(steps={steps!r})") from error
         key = jax.random.key(key) if isinstance(key, int | np.integer) else key
@@ -146,6 +132,24 @@ class SampleFn:
             for k, a in arrays.items()
         }
         return full, n
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(built: tuple[stages.Stage, ...], steps: str | None, sampler: str | None, eta: float, keep: int):
+    """The sampler over all devices, one for all parameters: (params, keys, cond) -> pictures."""
+    if steps is not None:
+        built = tuple(
+            dataclasses.replace(s, sampling=stages.build_steps(s.schedule, s.train_steps, steps)) for s in built
+        )
+    if sampler is not None:
+        built = tuple(dataclasses.replace(s, sampler=samplers.SAMPLERS[sampler](eta)) for s in built)
+    pure = stages.sample_fn(built, keep=keep)
+
+    def run(params, keys, cond):
+        out = pure(params, keys, **cond)
+        return (out[0], out[1].swapaxes(0, 1)) if keep else out
+
+    return parallel.map_batch(run)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:

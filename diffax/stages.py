@@ -19,7 +19,7 @@ Array = jax.Array
 Params = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """One diffusion model, every choice made.
 

@@ -21,7 +21,7 @@ FLOORS = {
     "convert": 3.1,
     "train": 4.0,
     "pipeline": 4.0,
-    "evaluate": 4.1,
+    "evaluate": 4.2,
     "editing": 4.1,
     "main": 5,
     "__init__": 6,

@@ -4,6 +4,8 @@ Arrays are [B, H, W, C]. A layer computes in `Style.dtype`; statistics, softmax 
 float32.
 """
 
+import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -97,13 +99,64 @@ def sinusoid(time: Array, width: int, kind: str = "openai", max_period: float = 
     return jnp.pad(jnp.concatenate(columns, -1), ((0, 0), (0, width % 2)))
 
 
-class GroupNorm(nn.Module):
-    """GroupNorm (Wu & He 2018), with the scale and shift of adaptive GroupNorm folded in.
+def _moments(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
+    """Mean and 1 / standard deviation of each group, [B, ..1.., C]; two passes, as one cancels."""
+    pixels = tuple(range(1, x.ndim - 1))
+    mean = _over_groups(x.mean(pixels, keepdims=True), groups)
+    variance = _over_groups(jnp.square(x - mean).mean(pixels, keepdims=True), groups)
+    return mean, jax.lax.rsqrt(variance + eps)
 
-    All that is done to a pixel is one a*x + b, with a and b per image and channel: the variance
-    takes a second pass (the one-pass form cancels for large means), the pixels are read and
-    written once.
+
+def _over_groups(x: Array, groups: int) -> Array:
+    """Replaces each channel by the mean of its group."""
+    grouped = x.reshape(*x.shape[:-1], groups, -1)
+    mean = grouped.mean(-1, keepdims=True)
+    return jnp.broadcast_to(mean, grouped.shape).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def group_norm(x: Array, gain: Array, bias: Array, groups: int, eps: float) -> Array:
+    """(x - mean) / std * gain + bias, mean and std over the pixels and channels of each group.
+
+    All that is done to a pixel is one a x + b, and on the way back one a dy + b x + c. Left to
+    itself, autodiff keeps and passes over several arrays of the size of x; here it is x alone. The
+    price: no forward-mode derivatives (jax.jvp).
+
+    Args:
+      x: [B, ..., C].
+      gain, bias: [B, ..1.., C] float32.
+      groups: number of groups.
+      eps: added to the variance.
+
+    Returns:
+      [B, ..., C] float32.
     """
+    return _forward(x, gain, bias, groups, eps)[0]
+
+
+def _forward(x, gain, bias, groups, eps):
+    mean, rstd = _moments(x.astype(jnp.float32), groups, eps)
+    a = gain * rstd
+    return x.astype(jnp.float32) * a + (bias - mean * a), (x, gain, mean, rstd)
+
+
+def _backward(groups, eps, saved, dy):
+    x, gain, mean, rstd = saved
+    pixels = tuple(range(1, x.ndim - 1))
+    size = math.prod(x.shape[1:-1])
+    dbias = dy.sum(pixels, keepdims=True)
+    dgain = (dy * (x - mean)).sum(pixels, keepdims=True) * rstd
+    slope = _over_groups(gain * dgain, groups) / size * jnp.square(rstd)
+    level = _over_groups(gain * dbias, groups) / size * rstd
+    dx = dy * (gain * rstd) - x * slope + (mean * slope - level)
+    return dx.astype(x.dtype), dgain, dbias
+
+
+group_norm.defvjp(_forward, _backward)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018), with the scale and shift of adaptive GroupNorm folded in."""
 
     style: Style
 
@@ -116,26 +169,14 @@ class GroupNorm(nn.Module):
                 f"{channels} channels cannot be normalised in {self.style.groups} "
                 "groups; change channels, channel_mult or groups"
             )
-        pixels = tuple(range(1, x.ndim - 1))
-
-        def over_groups(per_channel):
-            grouped = per_channel.reshape(batch, self.style.groups, -1)
-            mean = grouped.mean(-1, keepdims=True)
-            return jnp.broadcast_to(mean, grouped.shape).reshape(batch, channels)
-
-        def spread(per_channel):
-            return jnp.expand_dims(per_channel, pixels)
-
         gain = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        x = x.astype(jnp.float32)
-        mean = over_groups(x.mean(pixels))
-        variance = over_groups(jnp.square(x - spread(mean)).mean(pixels))
-        a = gain * jax.lax.rsqrt(variance + self.style.norm_eps)
-        b = bias - mean * a
         if scale is not None:
-            a, b = a * (1 + scale), b * (1 + scale) + shift
-        return (x * spread(a) + spread(b)).astype(self.style.dtype)
+            gain, bias = gain * (1 + scale), bias * (1 + scale) + shift
+        each = (batch, *(1 for _ in x.shape[1:-1]), channels)
+        gain, bias = (jnp.broadcast_to(v, (batch, channels)).reshape(each) for v in (gain, bias))
+        y = group_norm(x, gain, bias, self.style.groups, self.style.norm_eps)
+        return y.astype(self.style.dtype)
 
 
 def attend(q: Array, k: Array, v: Array) -> Array:

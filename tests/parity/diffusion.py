@@ -342,13 +342,26 @@ def _spaced(args, count):
 def scheduler_loop(meta, inputs, params):
     config = meta["config"]
     name, args = config["scheduler"], config["args"]
-    known = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler")
+    solvers = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler")
+    known = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", *solvers)
     unusual = {
         "rescale_betas_zero_snr": False,
         "thresholding": False,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "use_dynamic_shifting": False,
+        "euler_at_final": False,
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "predict_x0": True,
     }
     if name not in known:
         raise NotImplementedError(f"scheduler {name}")
+    if name in solvers:
+        return solver_loop(meta, inputs)
     for key, plain in unusual.items():
         if args.get(key, plain) != plain:
             raise NotImplementedError(f"{name} with {key}={args[key]}")
@@ -401,6 +414,78 @@ def scheduler_loop(meta, inputs, params):
 
             x_final, path = run(table), run(table[:1])[None]
         got |= {f"{count}.timesteps": t, f"{count}.x_first": nchw(path[0]), f"{count}.x_final": nchw(x_final)}
+    return got
+
+
+def _solver(name, args):
+    """The sampler and what the scheduler calls its last level."""
+    order, kind = args.get("solver_order", 2), args.get("solver_type", "midpoint")
+    algorithm = args.get("algorithm_type", "dpmsolver++")
+    if name == "HeunDiscreteScheduler":
+        return samplers.heun(), "zero"
+    if name == "UniPCMultistepScheduler":
+        if (order, kind) != (2, "bh2"):
+            raise NotImplementedError(f"{name} of order {order}, type {kind}")
+        return samplers.unipc(), args.get("final_sigmas_type", "zero")
+    if kind != "midpoint" or algorithm not in ("dpmsolver", "dpmsolver++"):
+        raise NotImplementedError(f"{name} with {algorithm}, {kind}")
+    predicts = "x" if algorithm == "dpmsolver++" else "eps"
+    try:
+        return samplers.dpm_solver(order, predicts=predicts), args.get("final_sigmas_type", "zero")
+    except ValueError as error:
+        raise NotImplementedError(f"{name}: {error}") from error
+
+
+def solver_loop(meta, inputs):
+    """The schedulers of probability flow solvers, which number and scale things in their own ways."""
+    config = meta["config"]
+    name, args = config["scheduler"], config["args"]
+    steps, heun = args["num_train_timesteps"], name == "HeunDiscreteScheduler"
+    plain = {"rescale_betas_zero_snr": False, "thresholding": False, "euler_at_final": False, "lower_order_final": True}
+    plain |= {key: False for key in args if key.startswith("use_")}
+    plain |= {"disable_corrector": [], "predict_x0": True, "clip_sample": False, "prediction_type": "epsilon"}
+    for key, value in plain.items():
+        if args.get(key, value) != value:
+            raise NotImplementedError(f"{name} with {key}={args[key]}")
+    if args["timestep_spacing"] != "linspace":
+        raise NotImplementedError(f"{name} with timestep_spacing={args['timestep_spacing']}")
+    sampler, ends = _solver(name, args)
+    schedule = schedules.discrete(_train_betas(args))
+
+    def denoise(z, step, **cond):
+        out = z * process.expand(step.t.time / (step.t.time + 1), z)
+        return process.predict(out, z, step, predicts="eps", variance="fixed_small")
+
+    got = {}
+    for count in config["num_inference_steps"]:
+        if heun:  # fractional steps: log sigma is interpolated between those of the chain
+            t = np.linspace(0, steps - 1, count)[::-1]
+            chain = schedule(np.arange(1, steps + 1) / steps).logsnr
+            ratio = np.interp(t, np.arange(steps), np.exp(-chain / 2))
+            levels = NoiseLevel(time=t, logsnr=-2 * np.log(ratio))
+        else:
+            t = np.round(np.linspace(0, steps - 1, count + 1))[::-1][:-1].astype(np.int64)
+            levels = schedule((t + 1) / steps)
+        end = schedule(np.array([1 / steps])) if ends == "sigma_min" else None
+        logsnr = np.append(levels.logsnr[1:], np.inf if end is None else end.logsnr)
+        s = NoiseLevel(time=np.append(levels.time[1:], 0.0), logsnr=logsnr)
+        table = schedules.between(levels, s)
+        sigmas = np.exp(-np.append(levels.logsnr, logsnr[-1]) / 2)
+        x = nhwc(inputs["x"])
+        if heun:  # it starts from x times the largest sigma, over alpha
+            first = jax.tree.map(lambda a: jnp.asarray(a[:1], jnp.float32), levels)
+            x = process.expand(first.sigma, x) * x
+            got[f"{count}.timesteps"] = np.concatenate([t[:1], np.repeat(t[1:], 2)])
+            got[f"{count}.sigmas"] = np.concatenate([sigmas[:1], np.repeat(sigmas[1:-1], 2), sigmas[-1:]])
+            at = jax.tree.map(lambda a: jnp.asarray(a[:1]), table)
+            euler = samplers.ddim(0.0).step(denoise, x, at, jnp.zeros(()), ())[0] / process.expand(at.s.alpha, x)
+            got[f"{count}.x_first"] = nchw(euler)
+        else:
+            got |= {f"{count}.timesteps": t, f"{count}.sigmas": sigmas}
+            one = jax.tree.map(lambda a: jnp.asarray(a[:1]), table)
+            got[f"{count}.x_first"] = nchw(sampler.step(denoise, x, one, None, sampler.init(x, count))[0])
+        walk = jax.jit(lambda x, table=table: samplers.sample(denoise, x, lambda i: jnp.zeros(()), table, sampler))
+        got[f"{count}.x_final"] = nchw(walk(x))
     return got
 
 
