@@ -184,10 +184,9 @@ def objective(stage: Stage) -> Objective:
         return jax.tree.map(lambda a: jnp.asarray(a)[index], steps)
 
     def loss(params, extra, batch, keys, position, total):
-        keys = {
-            name: jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys)
-            for i, name in enumerate(("noise", "timestep", "dropout"))
-        }
+        keys = dict(
+            zip(("noise", "timestep", "dropout"), jax.vmap(lambda k: jax.random.split(k, 3))(keys).T, strict=True)
+        )
         x = batch["image"].astype(jnp.float32)
         u, weight = stage.timesteps.draw(extra, keys["timestep"], position, total)
         eps = jax.vmap(lambda k: jax.random.normal(k, stage.shape))(keys["noise"])

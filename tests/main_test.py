@@ -56,7 +56,7 @@ def test_sample_mode(trained, tmp_path, capsys):
 
 
 def test_evaluate_mode(trained, capsys):
-    assert main.run([f"--workdir={trained}", "--mode=evaluate", "--config.eval.steps=2"]) == 0
+    assert main.run([f"--workdir={trained}", "--mode=evaluate", "--config.eval.steps=5,2"]) == 0
     report = json.loads((trained / "evaluation.json").read_text())
     assert [row["steps"] for row in report["rows"]] == [5, 2]
     for row in report["rows"]:
