@@ -40,5 +40,6 @@ def get_config(variant: str = ""):
         tiny(config)
         stage.takes, stage.num_classes = ("label",), 10  # so that a judge can tell what is drawn
         stage.schedule.steps, stage.loss.weight = 1000, 1000.0 if loss == "vlb" else 1.0
+        stage.train.update(steps=1500, batch_size=64, anneal="cosine")
         config.eval.update(num=200, bpd_num=64, steps=("1000", "100", "50", "25"))
     return config

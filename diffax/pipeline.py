@@ -108,7 +108,7 @@ class SampleFn:
             kind = np.int32 if name == "label" else np.float32
             try:
                 arrays[name] = np.asarray(value)
-                wrong = name == "label" and not np.issubdtype(arrays[name].dtype, np.integer)
+                wrong = name == "label" and arrays[name].size and not np.issubdtype(arrays[name].dtype, np.integer)
             except ValueError:
                 wrong = True
             if wrong or arrays[name].ndim < (0 if name == "label" else 3):

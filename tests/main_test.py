@@ -65,16 +65,17 @@ def test_evaluate_mode(trained, capsys):
     assert "| steps | bits_per_dim |" in capsys.readouterr().out
 
 
-class TestSampleFn:
-    @pytest.fixture(scope="class")
-    def sample_fn(self, trained):
-        return diffax.load(trained)
+@pytest.fixture(scope="module")
+def sample_fn(trained):
+    return diffax.load(trained)
 
+
+class TestSampleFn:
     def test_shapes_and_range(self, sample_fn):
         assert sample_fn.takes == ("label",) and sample_fn.step == {"base": 6}
         out = sample_fn(0, label=[3, 7, 1])
         chex.assert_shape(out, (3, 8, 8, 1))
-        assert np.abs(out).max() <= 1
+        assert np.abs(out).max() <= 1 + 1e-5
         out, kept = sample_fn(0, label=3, n=2, keep=2)
         chex.assert_shape((out, kept), [(2, 8, 8, 1), (2, 2, 8, 8, 1)])
         np.testing.assert_allclose(kept[:, -1], out, atol=1e-6)
@@ -167,7 +168,7 @@ BAD = [
     (["--config.base.train.batch_size=10"], "global batch 10 is not divisible by 4 devices"),
     (["--config.base.train.learning_rate=nan"], "config.base.train.learning_rate must be"),
     (["--config.base.train.steps=-3"], "config.base.train.steps must be"),
-    (["--config.base.steps=ddim7"], "ddim7"),
+    (["--config.base.steps=ddim39"], "ddim39"),
     (["--config.base.data.name=digts"], "digits"),
     (["--config.base.data.name=folder", "--config.base.data.path=/nowhere"], "/nowhere"),
     (["--config.base.num_classes=3"], "the data have 10 classes"),

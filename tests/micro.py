@@ -21,6 +21,7 @@ OVERRIDES = (
     "config.eval.num=20",
     "config.eval.batch_size=20",
     "config.eval.bpd_num=4",
+    "config.eval.steps=5",
 )
 
 
