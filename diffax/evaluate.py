@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffax import data, editing, images, losses, parallel, pipeline, stages
+from diffax import data, editing, images, losses, parallel, pipeline, reporting, stages
 from diffax.errors import UserError
 
 # An SVC on more pictures than this takes longer than the pictures themselves.
@@ -77,7 +77,7 @@ def bits_per_dim(
     n = len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
     done = []
-    for start in range(0, n, batch_size):
+    for start in reporting.progress_bar(range(0, n, batch_size), "bits per dimension"):
         index = np.minimum(np.arange(start, start + batch_size), n - 1)
         out = run(params, batch["image"][index], keys[index], {k: batch[k][index] for k in stage.takes})
         done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))

@@ -16,7 +16,7 @@ from diffax import checkpoint, data, evaluate, images, parallel, pipeline, stage
 from diffax import config as configs
 from diffax.errors import RunError, UserError
 
-EXIT_FAILED, EXIT_USER, EXIT_PREEMPTED = 1, 2, 75
+EXIT_FAILED, EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 class Job(NamedTuple):
@@ -191,7 +191,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", help="sample: the picture to write (default WORKDIR/samples.png)")
     p.add_argument("--overwrite", action="store_true", help="sample: replace the output")
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (diffax[log])")
-    p.add_argument("--coordinator", default="", metavar="HOST:PORT", help="several processes: where process 0 listens")
+    p.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="several processes: where process 0 listens, or auto"
+    )
     p.add_argument("--processes", type=int, default=0, help="several processes: how many")
     p.add_argument("--process", type=int, default=-1, help="several processes: which one this is")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -242,7 +244,10 @@ def prepare(argv: Sequence[str]) -> Job:
     name = config.name if args.config is None else pathlib.Path(args.config).name.replace(".py", "").replace(":", "_")
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
     set_cpu_flags()
-    parallel.start(args.coordinator, args.processes, args.process)
+    try:
+        parallel.start(args.coordinator, args.processes, args.process)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes: {error}; --coordinator; see --help") from error
     configs.validate(config, device_count=parallel.device_count(), process_count=parallel.process_count())
     if args.stage and args.stage not in config.stages:
         raise UserError(f"unknown --stage={args.stage}; command line; stages are {', '.join(config.stages)}")
@@ -268,6 +273,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except train.Preempted as error:
         print(f"diffax: {error}", file=sys.stderr)
         return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        print("diffax: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def cache_compilations(workdir: pathlib.Path) -> None:

@@ -198,12 +198,19 @@ def start(coordinator: str = "", count: int = 0, index: int = -1) -> None:
     """Joins the other processes of a run. To be called before any other use of JAX.
 
     Args:
-      coordinator: 'host:port' of process 0; empty: found by JAX itself on Cloud TPU, SLURM and Kubernetes, and
-        a single process where there is nothing to be found.
-      count: number of processes.
-      index: this process's number.
+      coordinator: 'host:port' of process 0; 'auto' where JAX finds its peers itself (Cloud TPU, SLURM, Kubernetes,
+        Open MPI); empty for a single process.
+      count: number of processes, with 'host:port'.
+      index: this process's number, with 'host:port'.
+
+    Raises:
+      ValueError: count and index do not name a process.
     """
-    if coordinator:
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif coordinator:
+        if not 0 <= index < count:
+            raise ValueError(f"process {index} of {count} processes cannot be; with a coordinator both are needed")
         jax.distributed.initialize(coordinator, count, index)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffax import checkpoint, images, parallel, samplers, stages
+from diffax import checkpoint, images, parallel, reporting, samplers, stages
 from diffax.errors import UserError
 
 Params = Any
@@ -89,7 +89,7 @@ class SampleFn:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(n))
         size = min(batch_size, 2 ** math.ceil(math.log2(n)))
         done = []
-        for start in range(0, n, size):
+        for start in reporting.progress_bar(range(0, n, size), "sampling"):
             # The last batch is filled up: one program serves all.
             index = np.minimum(np.arange(start, start + size), n - 1)
             out = run(self.params, keys[index], {k: v[index] for k, v in cond.items()})

@@ -8,8 +8,10 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from diffax.errors import RunError, UserError
 
@@ -30,6 +32,11 @@ def duration(seconds: float) -> str:
     if seconds < 86400:
         return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
     return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"
+
+
+def progress_bar(items: Iterable, what: str) -> Iterable:
+    """Yields `items`, showing how far it is and how long it will take; silent where stderr is no terminal."""
+    return tqdm(items, desc=what, unit="batch", leave=False, disable=None)
 
 
 class Reporter:

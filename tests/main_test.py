@@ -174,6 +174,7 @@ BAD = [
     (["--config.base.num_classes=3"], "the data have 10 classes"),
     (["--mode=trian"], "did you mean train"),
     (["--stage=up"], "unknown --stage=up"),
+    (["--coordinator=localhost:1", "--processes=2"], "cannot join the other processes"),
     (["--sede=3"], "unknown argument --sede=3"),
     (["--config=quikstart"], "quickstart"),
     (["--config=quickstart:hug"], "tiny"),
