@@ -18,7 +18,18 @@ from diffax.errors import UserError
 Params = Any
 
 # What may be chosen anew for parameters that are there.
-NOT_IN_THE_NETWORK = ("data", "train", "loss", "timesteps", "guidance", "sampler", "steps")
+NOT_IN_THE_NETWORK = (
+    "data",
+    "train",
+    "loss",
+    "timesteps",
+    "guidance",
+    "sampler",
+    "steps",
+    "net.dropout",
+    "net.dtype",
+    "net.remat",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,7 +210,11 @@ def load(
         average = decay or next((str(d) for d in config[name]["train"]["ema"]), None)
         folder = pathlib.Path(workdir) / name / "checkpoints"
         with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-            steps[name], params[name], _ = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
+            found = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
+            steps[name], params[name], meta = found
+            lines = checkpoint.config_difference(meta["stage"], config[name], ignore=NOT_IN_THE_NETWORK)
+            if lines:
+                raise UserError(f"{lines[0]}; {checkpoints.directory}; use the config it was trained with")
         built.append(stage)
     return SampleFn(tuple(built), params, config, steps)
 

@@ -35,6 +35,7 @@ MAY_DIFFER = (
     "data.path",
     "data.max_bad",
     "data.workers",
+    "net.remat",
     "guidance",
     "sampler",
     "steps",

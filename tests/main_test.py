@@ -204,6 +204,11 @@ def test_a_workdir_of_another_config_is_refused_and_kept(trained, capfd):
     assert ((trained / "config.json").read_bytes(), ema(trained)[0]) == before
 
 
+def test_sampling_with_another_network_is_refused(trained, capfd):
+    assert main.run([*micro.flags(trained, "config.base.net.channels=16"), "--mode=sample"]) == 2
+    assert "net.channels=8, config says 16" in capfd.readouterr().err
+
+
 def test_a_workdir_in_use_is_refused(trained, capfd):
     holder = subprocess.Popen(
         [
