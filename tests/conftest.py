@@ -16,3 +16,8 @@ for flag, value in FLAGS.items():
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 )
+
+from diffax import main  # noqa: E402
+
+# So that a command run inside the tests computes exactly what it computes as a process of its own.
+main.set_cpu_flags()

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import chex
 import jax
@@ -57,20 +58,47 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_processes(count, workdir, mode):
-    """Runs `diffax.main` as `count` processes with 4 devices in all; returns their outputs."""
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} --xla_backend_optimization_level=0"
-    }
+def start_processes(count, workdir, mode, logs):
+    """Starts `diffax.main` as `count` processes with 4 devices in all; each writes its own log."""
+    device_flags = f"--xla_force_host_platform_device_count={4 // count} --xla_backend_optimization_level=0"
     more = [f"--config.parallel={mode}"]
     if count > 1:
         more += [f"--coordinator=localhost:{free_port()}", f"--processes={count}"]
     jobs = []
-    for index in range(count):
+    for index, log in enumerate(logs):
         flags = micro.flags(workdir, *more, *([f"--process={index}"] if count > 1 else []))
-        command = [sys.executable, "-m", "diffax.main", *flags]
-        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [job.communicate(timeout=600)[0] for job in jobs]
+        with log.open("w") as file:
+            jobs.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "diffax.main", *flags],
+                    env=os.environ | {"XLA_FLAGS": device_flags},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return jobs
+
+
+def run_processes(count, workdir, mode):
+    """Runs them to the end and returns what each printed.
+
+    XLA's CPU collectives give up when the other process is 30 s late to the first of them, as it can be on a busy
+    machine while it still compiles. Then, and only then, they are started again, with the compiled programs at hand.
+    """
+    logs = [workdir.parent / f"{workdir.name}_{index}.log" for index in range(count)]
+    for _ in range(3):
+        jobs = start_processes(count, workdir, mode, logs)
+        deadline = time.monotonic() + 240
+        while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+            if any("DEADLINE_EXCEEDED" in log.read_text() for log in logs):
+                break
+            time.sleep(0.5)
+        for job in jobs:
+            job.kill()
+            job.wait()
+        outputs = [log.read_text() for log in logs]
+        if not any("DEADLINE_EXCEEDED" in out for out in outputs):
+            break
     assert [job.returncode for job in jobs] == [0] * count, "\n".join(outputs)
     return outputs
 
