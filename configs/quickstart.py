@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
     stage.steps = "100"
     stage.train.update(steps=800, batch_size=64, learning_rate=1e-3, warmup_steps=100)
     stage.train.update(anneal="cosine", ema=(0.995,), ema_warmup=True)
-    stage.train.update(log_every=50, save_every=200, sample_every=400)
+    stage.train.update(log_every=50, save_every=200, sample_every=200)
     config.sample.update(num=100, batch_size=100, columns=10)
     config.eval.update(num=1000, batch_size=100, bpd_num=64)
     if "tiny" in split_variant(variant, VARIANTS):
