@@ -112,6 +112,8 @@ def _choice(default, *choices) -> Field:
 
 
 CONTINUOUS = ("cosine_logsnr",)
+SAMPLERS = ("ddpm", "ddim", "heun", "dpm_solver_2m", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc")
+SCALED = ("classifier", "classifier_free")  # guidance that has a scale
 NEEDS_PATH = ("folder", "captions", "tfds")
 
 STAGE: dict[str, Field] = {
@@ -128,7 +130,8 @@ STAGE: dict[str, Field] = {
     "data.workers": _int(0, high=1024),
     "data.shuffle_seed": _int(0),
     "data.holdout": Field((), str, lengths=(0, 48)),
-    "net.name": _choice("unet", "unet"),
+    "data.single": Field(False, bool),
+    "net.name": _choice("unet", "unet", "classifier"),
     "net.channels": _int(128, 4, 2**16),
     "net.channel_mult": _float((1, 2, 2, 2), 0, 64, above=True, lengths=(1, 12)),
     "net.num_res_blocks": _int(2, 1, 64),
@@ -144,6 +147,7 @@ STAGE: dict[str, Field] = {
     "net.norm_eps": _float(1e-5, 0, 1, above=True),
     "net.groups": _int(32, 1, 2**16),
     "net.kernel_init": _choice("torch", "torch", "ho"),
+    "net.pool": _choice("attention", "attention", "adaptive", "spatial", "spatial_v2"),
     "net.dtype": _choice("float32", "float32", "bfloat16"),
     "net.remat": _choice("none", "none", "blocks"),
     "schedule.name": _choice("linear", "linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine", *CONTINUOUS),
@@ -163,10 +167,12 @@ STAGE: dict[str, Field] = {
     "loss.name": _choice("simple", "simple", "vlb", "hybrid"),
     "loss.weight": _float(1.0, 0, 10**6, above=True),
     "timesteps.name": _choice("uniform", "uniform", "stratified", "loss_second_moment"),
-    "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold"),
-    "sampler.name": _choice(
-        "ddpm", "ddpm", "ddim", "heun", "dpm_solver_2m", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc"
-    ),
+    "drop": _float(0.0, 0, 1, below=True),
+    "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold", *SCALED),
+    "guidance_scale": _float(1.0, -(10**4), 10**4),
+    "classifier": Field("", str),
+    "workdir": Field("", str),
+    "sampler.name": _choice("ddpm", *SAMPLERS),
     "sampler.eta": _float(0.0, 0, 1),
     "steps": Field("", str),
     "train.steps": _int(800_000, 1),
@@ -181,7 +187,7 @@ STAGE: dict[str, Field] = {
     "train.warmup_steps": _int(5000),
     "train.anneal": _choice("none", "none", "linear", "cosine"),
     "train.clip": _float(1.0, 0, 10**6),
-    "train.ema": _float((0.9999,), 0, 1, below=True, lengths=(1, 8)),
+    "train.ema": _float((0.9999,), 0, 1, below=True, lengths=(0, 8)),
     "train.ema_warmup": Field(False, bool),
     "train.log_every": _int(100, 1),
     "train.save_every": _int(10_000, 1),
@@ -203,6 +209,9 @@ TOP: dict[str, Field] = {
     "eval.batch_size": _int(100, 1, 10**6),
     "eval.bpd_num": _int(64, high=10**8),
     "eval.steps": Field((), str),
+    "eval.samplers": _choice((), *SAMPLERS),
+    "eval.guidance": _float((), -(10**4), 10**4),
+    "eval.judge": _choice("svc", "svc", "network"),
 }
 _RESERVED = {path.split(".")[0] for path in TOP}
 
@@ -254,15 +263,22 @@ def stage_defaults() -> ConfigDict:
     return _nest(STAGE)
 
 
-def config_defaults(name: str) -> ConfigDict:
-    """A config of one stage, `base`, with every field at its default; locked.
+def add_section(config: ConfigDict, name: str, section: ConfigDict | None = None) -> ConfigDict:
+    """Adds a section to a locked config (default values unless given) and returns it."""
+    with config.unlocked():
+        config[name] = stage_defaults() if section is None else section
+    return config[name]
 
-    More stages are added as `with config.unlocked(): config.up = stage_defaults()` and named in
-    `config.stages`.
+
+def config_defaults(name: str, stages: Sequence[str] = ("base",)) -> ConfigDict:
+    """A config of these stages with every field at its default; locked.
+
+    More sections are added by `add_section(config, 'up')`, and named in `config.stages` if they are stages.
     """
     config = _nest(TOP)
-    config.name = name
-    config.base = stage_defaults()
+    config.name, config.stages = name, tuple(stages)
+    for stage in stages:
+        config[stage] = stage_defaults()
     return config.lock()
 
 
@@ -283,16 +299,16 @@ def tiny(config: ConfigDict, data: str = "digits") -> ConfigDict:
       The same config.
     """
     channels, classes = EMBEDDED[data]
-    for name in config.stages:
+    for name in trained_sections(config):
         stage = config[name]
         stage.shape = (16, 16, channels)
-        stage.num_classes = classes if "label" in stage.takes else 0
-        stage.data.update(name=data, path="", flip=False)
+        stage.num_classes = classes if "label" in stage.takes or is_classifier(stage) else 0
+        stage.data.update(name=data, path="", flip=False, crop="center")
         stage.net.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
-        stage.net.update(groups=8, dropout=0.0)
+        stage.net.update(groups=8, dropout=0.0, head_channels=16 if stage.net.head_channels else 0)
         stage.steps = "50"
         stage.train.update(steps=1000, batch_size=32, accumulate=1, learning_rate=1e-3)
-        stage.train.update(warmup_steps=100, ema=(0.99,), ema_warmup=True)
+        stage.train.update(warmup_steps=100, ema=(0.99,) if stage.train.ema else (), ema_warmup=True)
         stage.train.update(log_every=50, save_every=500, sample_every=500)
     config.name = f"{config.name}_tiny"
     config.sample.update(num=16, batch_size=16, columns=4)
@@ -589,14 +605,30 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
         _check_value(path, field, found[path])
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", config.name):
         raise _bad("config.name", "a word of letters, digits, '_', '-' and '.'", config.name)
-    for name in config.stages:
+    for name in trained_sections(config):
         stage, where = config[name], f"config.{name}"
         _check_conditions(stage, where)
         _check_net(stage, where)
-        _check_diffusion(stage, where)
+        _check_schedule(stage.schedule, f"{where}.schedule")
+        if is_classifier(stage):
+            _check_classifier(stage, where)
+        else:
+            _check_guidance(config, stage, where)
+            _check_diffusion(stage, where)
+            for steps in config.eval.steps:
+                _check_steps(stage, "config.eval.steps", steps)
         _check_train(stage, where, device_count, process_count)
-        for steps in config.eval.steps:
-            _check_steps(stage, "config.eval.steps", steps)
+
+
+def is_classifier(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes a noised classifier and not a diffusion stage."""
+    return section["net"]["name"] == "classifier"
+
+
+def trained_sections(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sections that a config trains or needs trained: its stages, and the classifiers that guide them."""
+    guides = [config[name]["classifier"] for name in config["stages"]]
+    return tuple(dict.fromkeys([*config["stages"], *(g for g in guides if g in config)]))
 
 
 def _check_known(path: str, value: Any, fields: Mapping[str, Field]):
@@ -635,7 +667,7 @@ def _check_value(path: str, field: Field, value: Any):
 def _check_conditions(stage: ConfigDict, where: str):
     if len(set(stage.takes)) < len(stage.takes):
         raise _bad(f"{where}.takes", "different conditions", stage.takes)
-    if ("label" in stage.takes) != (stage.num_classes > 0):
+    if ("label" in stage.takes) != (stage.num_classes > 0) and not is_classifier(stage):
         if stage.num_classes:
             raise UserError(
                 f"{where}.num_classes is {stage.num_classes}, but {where}.takes has no 'label'; "
@@ -649,6 +681,8 @@ def _check_conditions(stage: ConfigDict, where: str):
             f"{where}.data.holdout is for the data 'shapes', but {where}.data.name is "
             f"{stage.data.name!r}; leave it empty"
         )
+    if stage.data.single and stage.data.name != "shapes":
+        raise UserError(f"{where}.data.single is for the data 'shapes', but {where}.data.name is {stage.data.name!r}")
     if not stage.data.split:
         raise _bad(f"{where}.data.split", "the name of a split, such as 'train'", "")
 
@@ -692,6 +726,59 @@ def _check_net(stage: ConfigDict, where: str):
                     raise UserError(f"{where}.net.{name} must divide the {level_text}, got {value}")
 
 
+def _check_schedule(schedule: ConfigDict, where: str):
+    if schedule.name not in CONTINUOUS:
+        _check_betas(schedule, where)
+    elif not schedule.logsnr_min < schedule.logsnr_max:
+        raise UserError(
+            f"{where}.logsnr_min must be below logsnr_max, got {schedule.logsnr_min} and {schedule.logsnr_max}"
+        )
+
+
+def _check_classifier(stage: ConfigDict, where: str):
+    if stage.takes:
+        raise UserError(f"{where}.takes must be empty for a classifier, got {stage.takes}; it reads the picture alone")
+    if not stage.num_classes:
+        raise UserError(f"{where}.num_classes must be 1 or more for a classifier, got 0")
+    if stage.timesteps.name == "loss_second_moment":
+        raise UserError(f"{where}.timesteps.name 'loss_second_moment' is for the bound; a classifier takes 'uniform'")
+    factor = 2 ** (len(stage.net.channel_mult) - 1)
+    if stage.net.pool.startswith("spatial") and any(side % factor for side in stage.shape[:2]):
+        raise UserError(f"{where}.shape must have sides divisible by {factor}, got {stage.shape}")
+
+
+def _check_guidance(config: ConfigDict, stage: ConfigDict, where: str):
+    scaled = [name for name in stage.guidance if name in SCALED]
+    if len(scaled) > 1:
+        raise UserError(f"{where}.guidance names {' and '.join(scaled)}, which share one scale; choose one")
+    if stage.drop and "label" not in stage.takes:
+        raise UserError(f"{where}.drop is {stage.drop:g}, but {where}.takes has no 'label' to withhold; set drop to 0")
+    if "classifier_free" in scaled and not stage.drop:
+        raise UserError(
+            f"{where}.guidance 'classifier_free' needs a network that was trained with withheld labels; "
+            f"set {where}.drop to 0.1"
+        )
+    if ("classifier" in scaled) != bool(stage.classifier):
+        raise UserError(
+            f"{where}.classifier is {stage.classifier!r} and {where}.guidance is {stage.guidance}; name the section of "
+            "the classifier and add 'classifier' to guidance, or neither"
+        )
+    if not stage.classifier:
+        return
+    guide = config.get(stage.classifier, None)
+    if not isinstance(guide, ConfigDict) or "net" not in guide or not is_classifier(guide):
+        there = [name for name in _sections(config) if is_classifier(config[name])]
+        hint = f"; there is {', '.join(there)}" if there else "; its net.name is 'classifier'"
+        raise UserError(f"{where}.classifier must name the section of a classifier, got {stage.classifier!r}{hint}")
+    for field in ("shape", "schedule", *(("num_classes",) if stage.num_classes else ())):
+        if guide[field] != stage[field]:
+            mine, its = (_show(c[field].to_dict() if field == "schedule" else c[field]) for c in (stage, guide))
+            raise UserError(
+                f"{where}.{field} must equal that of its classifier, config.{stage.classifier}.{field}; "
+                f"got {mine} and {its}"
+            )
+
+
 def _check_diffusion(stage: ConfigDict, where: str):
     schedule, learned = stage.schedule, str(stage.variance).startswith("learned")
     if schedule.name in CONTINUOUS:
@@ -705,13 +792,6 @@ def _check_diffusion(stage: ConfigDict, where: str):
                     f"{where}.{field} {value!r} needs a schedule of discrete steps, but "
                     f"{where}.schedule.name is {schedule.name!r}; choose another"
                 )
-        if not schedule.logsnr_min < schedule.logsnr_max:
-            raise UserError(
-                f"{where}.schedule.logsnr_min must be below logsnr_max, "
-                f"got {schedule.logsnr_min} and {schedule.logsnr_max}"
-            )
-    else:
-        _check_betas(schedule, f"{where}.schedule")
     if learned and stage.loss.name == "simple":
         raise UserError(
             f"{where}.variance {stage.variance!r} is not trained by {where}.loss.name 'simple'; "
@@ -733,8 +813,7 @@ def _check_betas(schedule: ConfigDict, where: str):
             f"{where}.beta_start must not be above beta_end, got {schedule.beta_start} and {schedule.beta_end}"
         )
     try:
-        betas = schedules.BETAS[schedule.name]
-        schedules.discrete(betas(schedule.steps, schedule.beta_start, schedule.beta_end))
+        schedules.build(schedule)
     except ValueError as error:
         raise UserError(f"{where}.steps, {schedule.steps} of {schedule.name!r}: {error}") from None
 
@@ -742,19 +821,13 @@ def _check_betas(schedule: ConfigDict, where: str):
 def _check_steps(stage: ConfigDict, where: str, steps: str):
     from diffax import schedules
 
-    if stage.schedule.name in CONTINUOUS:
-        if not re.fullmatch("[1-9][0-9]{0,6}", steps):
-            raise UserError(
-                f"{where} must be a number of steps, such as '256', for the continuous schedule "
-                f"{stage.schedule.name!r}, got {_show(steps)}"
-            )
-        return
+    schedule, train_steps = schedules.build(stage.schedule)
     try:
-        schedules.space_timesteps(stage.schedule.steps, steps)
+        schedules.build_steps(schedule, train_steps, steps)
     except ValueError as error:
-        raise UserError(
-            f"{where} must be '' (all), 'N', 'N,N,...', 'ddimN' or 'fast27', got {_show(steps)}: {error}"
-        ) from None
+        there = schedules.STEPS if train_steps else schedules.CONTINUOUS_STEPS
+        why = "" if train_steps else f" for the continuous schedule {stage.schedule.name!r}"
+        raise UserError(f"{where} must be {there}{why}, got {_show(steps)}: {error}") from None
 
 
 def _check_train(stage: ConfigDict, where: str, device_count: int, process_count: int):
@@ -804,6 +877,19 @@ def from_dict(data: Mapping[str, Any]) -> ConfigDict:
             raise _bad(path, fields[path].allowed, value)
         _set(config, path, value)
     return config
+
+
+def complete_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's section as plain data, fields that an older checkpoint lacks at their defaults."""
+    full = stage_defaults().to_dict()
+
+    def fill(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **default,
+            **{k: fill(v, default.get(k, {})) if isinstance(v, Mapping) else v for k, v in given.items()},
+        }
+
+    return json.loads(json.dumps(fill(section, full)))
 
 
 def _tuples(value: Any) -> Any:

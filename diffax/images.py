@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -245,7 +245,7 @@ def loss_curve(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], 
             curves[key] = np.array(points, np.float64).T
     if not curves:
         raise UserError(f"no metrics to draw among {', '.join(keys)}; {path}; train longer or log more often")
-    figure, axes = _figure("step", next(iter(curves)) if len(curves) == 1 else "value")
+    figure, (axes,) = _figure(("step", next(iter(curves)) if len(curves) == 1 else "value"))
     logarithmic = all((values > 0).all() for _, values in curves.values())
     for key, (steps, values) in curves.items():
         smooth = _smooth(np.log(values) if logarithmic else values)
@@ -258,31 +258,47 @@ def loss_curve(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], 
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
-def line_plot(path: str | os.PathLike[str], x: np.ndarray, y: np.ndarray, *, xlabel: str, ylabel: str) -> None:
-    """Draws one curve as a PNG.
+class Panel(NamedTuple):
+    """One coordinate system of `line_plots`.
 
-    Args:
-        path: file to write.
-        x: [N]; y: [N].
+    Attributes:
         xlabel: what x is, with its unit; ylabel: what y is.
+        curves: {name: (x [N], y [N])}; a legend tells several apart.
+        notes: N texts to write beside the points of every curve, or None.
     """
-    figure, axes = _figure(xlabel, ylabel)
-    axes.plot(x, y, linewidth=2)
+
+    xlabel: str
+    ylabel: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    notes: Sequence[str] | None = None
+
+
+def line_plots(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
+    """Draws panels side by side as a PNG; points are marked where a curve has few."""
+    figure, all_axes = _figure(*((panel.xlabel, panel.ylabel) for panel in panels))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for name, (x, y) in panel.curves.items():
+            axes.plot(x, y, linewidth=2, marker="o" if len(x) < 30 else None, label=name)
+            for point in zip(panel.notes or (), x, y, strict=False):
+                axes.annotate(point[0], point[1:], xytext=(4, 4), textcoords="offset points", fontsize=8)
+        if len(panel.curves) > 1:
+            axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _figure(xlabel: str, ylabel: str):
-    """(figure, axes) that need no display."""
+def _figure(*labels: tuple[str, str]):
+    """(figure, [axes for each pair of labels]) that need no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8 if len(labels) == 1 else 5 * len(labels), 4.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3, which="both")
-    return figure, axes
+    all_axes = figure.subplots(1, len(labels), squeeze=False)[0]
+    for axes, (xlabel, ylabel) in zip(all_axes, labels, strict=True):
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.3, which="both")
+    return figure, all_axes
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

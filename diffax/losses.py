@@ -87,6 +87,11 @@ def prior_bpd(x: Array, t: NoiseLevel) -> Array:
     return mean_flat(normal_kl(end, unit)) / np.log(2.0)
 
 
+def cross_entropy(logits: Array, label: Array) -> Array:
+    """-log p(label) of a classifier, [B] nats. logits: [B, K]; label: [B] integers; one out of range gives NaN."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1, mode="fill")[:, 0]
+
+
 # ---- losses: (out, batch, predicts=, variance=) -> (loss [B], terms {name: [B]}) ------------------------------------
 
 

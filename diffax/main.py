@@ -31,22 +31,33 @@ class Job(NamedTuple):
 
 
 def run_train(job: Job) -> None:
-    """Trains the stages and ends with a grid of samples."""
+    """Trains the stages (and the classifiers that guide them) and ends with a grid of samples."""
     config, chosen = job.config, job.args.stage
-    names = [chosen] if chosen else config["stages"]
+    elsewhere = [name for name in configs.trained_sections(config) if config[name]["workdir"]]
+    names = [chosen] if chosen else [n for n in configs.trained_sections(config) if n not in elsewhere]
+    if chosen in elsewhere:
+        raise UserError(
+            f"{chosen} is trained elsewhere; config.{chosen}.workdir={config[chosen]['workdir']}; leave that empty"
+        )
     sources = {name: data.load_source(config[name]["data"], shape=config[name]["shape"]) for name in names}
     for name in names:
         check_data(name, config[name], sources[name])
     with checkpoint.lock(job.workdir):
         for name in names:
             train_stage(job, name, sources[name])
-    if all((job.workdir / name / "checkpoints").exists() for name in config["stages"]):
+    makes_pictures = any(not configs.is_classifier(config[name]) for name in config["stages"])
+    if makes_pictures and all(is_trained(job, name) for name in configs.trained_sections(config)):
         run_sample(job)
+
+
+def is_trained(job: Job, name: str) -> bool:
+    """Whether there are checkpoints of a section."""
+    return (pathlib.Path(job.config[name]["workdir"] or job.workdir) / name / "checkpoints").exists()
 
 
 def check_data(name: str, section: dict[str, Any], source: data.Source) -> None:
     """Raises UserError if the data cannot feed the stage."""
-    if "label" in section["takes"]:
+    if "label" in section["takes"] or configs.is_classifier(section):
         if "label" not in source.keys:
             raise UserError(f"{name} takes 'label' and the data have none; {name}.data; sort them into sub-folders")
         if source.class_names and len(source.class_names) > section["num_classes"]:
@@ -57,10 +68,10 @@ def check_data(name: str, section: dict[str, Any], source: data.Source) -> None:
 
 
 def train_stage(job: Job, name: str, source: data.Source) -> None:
-    """Trains one stage into its own folder of the workdir."""
+    """Trains one stage or classifier into its own folder of the workdir."""
     config, section = job.config, job.config[name]
-    stage = stages.build_stage(config, name)
-    run = train.Run(stages.objective(stage), section, seed=config["seed"], mode=config["parallel"])
+    model = stages.build(config, name)
+    run = train.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
     folder = job.workdir / name
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as found:
         run.check(found)
@@ -80,17 +91,43 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
             start_step=first_step,
             process_index=parallel.process_index(),
             process_count=parallel.process_count(),
-            keys=tuple(k for k in stage.takes if k in source.keys),
+            keys=tuple(k for k in model.reads if k in source.keys),
         )
 
-    draw = None
-    if "low_res" not in stage.takes:
+    train.fit(
+        run,
+        folder,
+        batches=batches,
+        draw=on_the_way(job, model, folder, source),
+        tensorboard=job.args.tensorboard,
+        curve=("loss",) if isinstance(model, stages.Stage) else ("loss", "top1"),
+    )
 
-        def draw(params, step):
-            sample_fn = pipeline.SampleFn((stage,), {name: params}, config, {name: step})
-            write_samples(sample_fn, config, folder / "samples" / f"{step:08d}.png", source.class_names)
 
-    train.fit(run, folder, batches=batches, draw=draw, tensorboard=job.args.tensorboard)
+def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Callable[[Any, int], None] | None:
+    """What is shown every `train.sample_every` steps: samples of a stage, held-out accuracy of a classifier."""
+    config, section = job.config, job.config[model.name]
+    if isinstance(model, stages.NoisedClassifier):
+        if not config["eval"]["num"] or not data.has_held_out(section["data"]):
+            return None
+        held_out = evaluate.held_out_examples(section, config["eval"]["num"])
+
+        def score(params, step):
+            found = evaluate.classifier_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
+            evaluate.write_classifier_report(folder, found, step)
+
+        return score
+    if "low_res" in model.takes or (model.classifier and not is_trained(job, model.classifier.name)):
+        return None
+    guide = {}
+    if model.classifier:
+        guide[model.classifier.name] = pipeline.load_params(config, model.classifier.name, job.workdir)[0]
+
+    def draw(params, step):
+        sample_fn = pipeline.SampleFn((model,), {model.name: params, **guide}, config, {model.name: step})
+        write_samples(sample_fn, config, folder / "samples" / f"{step:08d}.png", source.class_names)
+
+    return draw
 
 
 def write_samples(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path, class_names: Sequence[str]) -> None:
@@ -109,32 +146,54 @@ def run_sample(job: Job) -> None:
     if job.args.output and path.exists() and not job.args.overwrite:
         raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
     if parallel.process_index() == 0:
-        write_samples(sample_fn, job.config, path, class_names(job.workdir / sample_fn.stages[0].name))
+        write_samples(sample_fn, job.config, path, class_names(job))
         print(f"samples: {path}")
 
 
 def run_evaluate(job: Job) -> None:
-    """Scores a trained workdir; writes evaluation.json, evaluation.md and a picture."""
+    """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures."""
+    config = job.config
+    for name in configs.trained_sections(config):
+        if configs.is_classifier(config[name]) and is_trained(job, name):
+            evaluate_classifier(job, name)
+    if not any(not configs.is_classifier(config[name]) for name in config["stages"]):
+        return
     sample_fn = load_trained(job)
     stage = sample_fn.stages[-1]
-    section = job.config[stage.name]
     rows = []
-    for row in evaluate.scores(sample_fn, section, job.config["eval"]):
+    for row in evaluate.scores(sample_fn, config[stage.name], config["eval"]):
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if not k.startswith("_")}
         print(shown, file=sys.stderr, flush=True)
         rows.append(row)
-    header = {"name": job.config["name"], "training_step": dict(sample_fn.step)}
-    print(evaluate.write_report(job.workdir, rows, header))
-    for row in rows:
-        end = f"{row['steps']}_steps.png"
+        of = "_".join(str(row[k]) for k in ("guidance", "sampler", "steps") if k in row)
         if "_samples" in row:
-            pipeline.draw_grid(job.workdir / f"evaluation_{end}", row["_samples"], columns=stage.num_classes)
+            path = job.workdir / "evaluation" / f"samples_{of}.png"
+            pipeline.draw_grid(path, row["_samples"], columns=stage.num_classes)
         if "_curve" in row:
-            x, y = row["_curve"]
-            labels = {"xlabel": "rate, bits per dimension", "ylabel": "distortion, RMSE of 0 to 255"}
-            images.line_plot(job.workdir / f"rate_distortion_{end}", x, y, **labels)
-    write_progress(sample_fn, job.config, job.workdir / "progressive.png")
+            panel = images.Panel(
+                "rate, bits per dimension", "distortion, RMSE of 0 to 255", {"rate-distortion": row["_curve"]}
+            )
+            images.line_plots(job.workdir / "evaluation" / f"rate_distortion_{row['steps']}.png", [panel])
+    header = {"name": config["name"], "training_step": dict(sample_fn.step)}
+    print(evaluate.write_report(job.workdir, rows, header))
+    if panels := evaluate.trade_off(rows):
+        images.line_plots(job.workdir / "trade_off.png", panels)
+        print(f"plot: {job.workdir / 'trade_off.png'}")
+    write_progress(sample_fn, config, job.workdir / "progressive.png")
     print(f"report: {job.workdir / 'evaluation.md'}")
+
+
+def evaluate_classifier(job: Job, name: str) -> None:
+    """Prints and plots the held-out accuracy of a noised classifier."""
+    config, section = job.config, job.config[name]
+    params, step = pipeline.load_params(
+        config, name, job.workdir, step=job.args.step, decay=job.args.ema, raw=job.args.raw
+    )
+    held_out = evaluate.held_out_examples(section, config["eval"]["num"])
+    model = stages.build_classifier(config, name)
+    found = evaluate.classifier_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
+    row = evaluate.write_classifier_report(job.workdir / name, found, step)
+    print(f"{name} on {len(held_out['image'])} held-out pictures: {row}", file=sys.stderr, flush=True)
 
 
 def write_progress(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path) -> None:
@@ -153,10 +212,13 @@ MODES: dict[str, Callable[[Job], None]] = {
 }
 
 
-def class_names(folder: pathlib.Path) -> list[str]:
-    """Names of the labels that a stage was trained on, from its folder; empty if they have none."""
-    path = folder / "classes.json"
-    return json.loads(path.read_text()) if path.exists() else []
+def class_names(job: Job) -> list[str]:
+    """Names of the labels, from the folder of the first section that was trained on any; empty if none was."""
+    for name in configs.trained_sections(job.config):
+        path = pathlib.Path(job.config[name]["workdir"] or job.workdir) / name / "classes.json"
+        if path.exists() and (names := json.loads(path.read_text())):
+            return names
+    return []
 
 
 def load_trained(job: Job) -> pipeline.SampleFn:
@@ -241,7 +303,7 @@ def prepare(argv: Sequence[str]) -> Job:
         configs.override(config, rest)
     else:
         config = configs.load(args.config, rest)
-    name = config.name if args.config is None else pathlib.Path(args.config).name.replace(".py", "").replace(":", "_")
+    name = config.name if args.config is None else pipeline.default_name(args.config)
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
     set_cpu_flags()
     try:
@@ -249,8 +311,9 @@ def prepare(argv: Sequence[str]) -> Job:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes: {error}; --coordinator; see --help") from error
     configs.validate(config, device_count=parallel.device_count(), process_count=parallel.process_count())
-    if args.stage and args.stage not in config.stages:
-        raise UserError(f"unknown --stage={args.stage}; command line; stages are {', '.join(config.stages)}")
+    if args.stage and args.stage not in configs.trained_sections(config):
+        there = ", ".join(configs.trained_sections(config))
+        raise UserError(f"unknown --stage={args.stage}; command line; stages are {there}")
     return Job(configs.to_dict(config), workdir, args)
 
 

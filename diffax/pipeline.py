@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffax import checkpoint, images, parallel, reporting, samplers, stages
+from diffax import checkpoint, images, parallel, reporting, samplers, schedules, stages
+from diffax import config as configs
 from diffax.errors import UserError
 
 Params = Any
@@ -24,6 +25,9 @@ NOT_IN_THE_NETWORK = (
     "loss",
     "timesteps",
     "guidance",
+    "guidance_scale",
+    "classifier",
+    "workdir",
     "sampler",
     "steps",
     "net.dropout",
@@ -34,13 +38,13 @@ NOT_IN_THE_NETWORK = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleFn:
-    """`sample_fn(key, label=[3, 7])` -> pictures; the pure function underneath is `stages.sample_fn`.
+    """`sample_fn(key, label=[3, 7], guidance=1.5)` -> pictures; the pure function underneath is `stages.sample_fn`.
 
     Attributes:
       stages: the stages, in order.
-      params: {stage name: parameters}.
+      params: {section: parameters}, of the stages and the classifiers that guide them.
       config: the config they were trained with, as a plain dict.
-      step: {stage name: training step of the parameters}.
+      step: {section: training step of the parameters}.
     """
 
     stages: tuple[stages.Stage, ...]
@@ -52,13 +56,19 @@ class SampleFn:
     def takes(self) -> tuple[str, ...]:
         """The conditions that a call must give."""
         made = {"low_res"} if len(self.stages) > 1 else set()
-        return tuple(dict.fromkeys(c for s in self.stages for c in s.takes if c not in made))
+        return tuple(dict.fromkeys(c for s in self.stages for c in s.reads if c not in made))
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 .. num_classes - 1; 0 where there are none."""
+        return max(s.num_classes for s in self.stages)
 
     def __call__(
         self,
         key: int | jax.Array,
         n: int | None = None,
         *,
+        guidance: float | Sequence[float] | Mapping[str, Any] | None = None,
         steps: str | int | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
@@ -68,14 +78,16 @@ class SampleFn:
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Samples pictures.
 
-        Picture i depends on the key, i and the i-th conditions only, not on how many are made or on how many devices.
-        New labels or keys never compile again; a new `steps`, `sampler` or `keep` does.
+        Picture i depends on the key, i, the i-th conditions and the i-th guidance only, not on how many are made or on
+        how many devices. New labels, guidance or keys never compile again; a new `steps`, `sampler` or `keep` does.
 
         Args:
           key: a seed or a typed PRNG key.
           n: how many; by default as many as there are conditions, else 1.
-          steps: another respacing than the config's, such as 50 or 'ddim25'.
-          sampler: another sampler than the config's: 'ddpm' or 'ddim'.
+          guidance: scale of the classifier's or of classifier-free guidance, one for all pictures or one each; see
+            `diffax.guidance` for what 0 and 1 mean. {stage: scale} where stages differ. By default the config's.
+          steps: another choice of steps than the config's, such as 50, 'ddim25' or 'logsnr10'.
+          sampler: another sampler than the config's, a key of `samplers.SAMPLERS`.
           eta: of DDIM, if it is named here.
           keep: also return this many estimates of each picture on the way (DDPM's progressive generation).
           batch_size: pictures made at once.
@@ -85,11 +97,13 @@ class SampleFn:
           [n, H, W, C] float32 in [-1, 1]; with `keep`, also [n, keep, H, W, C].
 
         Raises:
-          UserError: a condition is missing, unknown or out of range; n, steps or sampler cannot be.
+          UserError: a condition is missing, unknown or out of range; n, guidance, steps or sampler cannot be.
         """
-        cond, n = self._conditions(cond, n)
+        n = self._count(n, cond, guidance)
+        cond, scales = self._conditions(cond, n), self._scales(guidance, n)
         if sampler is not None and sampler not in samplers.SAMPLERS:
-            raise UserError(f"unknown sampler {sampler!r}; sample_fn; use one of {', '.join(samplers.SAMPLERS)}")
+            near = configs.closest(str(sampler), samplers.SAMPLERS)
+            raise UserError(f"unknown sampler {sampler!r}{near}; sample_fn; use one of {', '.join(samplers.SAMPLERS)}")
         if batch_size < 1 or keep < 0:
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         try:
@@ -103,11 +117,26 @@ class SampleFn:
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
             # The last batch is filled up: one program serves all.
             index = np.minimum(np.arange(start, start + size), n - 1)
-            out = run(self.params, keys[index], {k: v[index] for k, v in cond.items()})
+            out = run(self.params, keys[index], *jax.tree.map(lambda v, i=index: v[i], (scales, cond)))
             done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
 
-    def _conditions(self, cond: Mapping[str, Any], n: int | None) -> tuple[dict[str, np.ndarray], int]:
+    def _count(self, n: int | None, cond: Mapping[str, Any], guidance: Any) -> int:
+        """How many pictures are asked for: n, or as many as there are conditions or scales."""
+        values = list(guidance.values()) if isinstance(guidance, Mapping) else [guidance]
+        lengths = [np.shape(v)[0] for v in values if np.ndim(v)]
+        for name, value in cond.items():
+            try:
+                lengths += np.shape(value)[:1] if np.ndim(value) > CONDITIONS.get(name, 0) else []
+            except ValueError:  # a ragged list; told in full by _conditions
+                continue
+        n = max(lengths, default=1) if n is None else n
+        if n < 1:
+            raise UserError(f"there is nothing to sample (n = {n}); sample_fn; ask for at least one picture")
+        return n
+
+    def _conditions(self, cond: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+        """The conditions as arrays [n, ...]."""
         for name in cond:
             if name not in self.takes:
                 raise UserError(f"condition {name!r} is not taken; sample_fn; it takes {list(self.takes) or 'none'}")
@@ -118,46 +147,70 @@ class SampleFn:
         for name, value in cond.items():
             kind = np.int32 if name == "label" else np.float32
             try:
-                arrays[name] = np.asarray(value)
-                wrong = name == "label" and arrays[name].size and not np.issubdtype(arrays[name].dtype, np.integer)
+                array = np.asarray(value)
+                wrong = name == "label" and array.size and not np.issubdtype(array.dtype, np.integer)
             except ValueError:
                 wrong = True
-            if wrong or arrays[name].ndim < (0 if name == "label" else 3):
+            if wrong or array.ndim < CONDITIONS.get(name, 0):
                 raise UserError(f"condition {name} is {value!r}; sample_fn; pass one or a list of integers")
-            arrays[name] = arrays[name].astype(kind)
-        single = {name: 0 if name == "label" else 3 for name in arrays}
-        lengths = {name: len(a) for name, a in arrays.items() if a.ndim > single[name]}
-        n = max(lengths.values(), default=1) if n is None else n
-        if n < 1:
-            raise UserError(f"there is nothing to sample (n = {n}); sample_fn; ask for at least one picture")
-        for name, length in lengths.items():
-            if length != n:
-                raise UserError(f"{length} values of {name} for {n} pictures; sample_fn; pass one each, or one for all")
-        if "label" in arrays:
-            classes = max(s.num_classes for s in self.stages)
-            outside = [int(v) for v in np.ravel(arrays["label"]) if not 0 <= v < classes]
-            if outside:
-                raise UserError(f"label {outside[0]} is out of range; sample_fn; labels are 0 to {classes - 1}")
-        full = {
-            k: np.broadcast_to(a, (n, *a.shape[-single[k] or a.ndim :])) if k not in lengths else a
-            for k, a in arrays.items()
-        }
-        return full, n
+            arrays[name] = _one_each(name, array.astype(kind), n, CONDITIONS.get(name, 0))
+        for v in np.ravel(arrays.get("label", [])):
+            if not 0 <= v < self.num_classes:
+                raise UserError(f"label {v} is out of range; sample_fn; labels are 0 to {self.num_classes - 1}")
+        return arrays
+
+    def _scales(self, guidance: Any, n: int) -> dict[str, np.ndarray]:
+        """{guided stage: [n] float32}."""
+        guided = [s.name for s in self.stages if s.is_guided]
+        if guidance is None:
+            given = {}
+        elif isinstance(guidance, Mapping):
+            given = dict(guidance)
+        else:
+            given = dict.fromkeys(guided, guidance)
+        if guidance is not None and not guided:
+            raise UserError(
+                "this model has no guidance; sample_fn(guidance=...); set a stage's guidance to "
+                f"{' or '.join(stages.SCALED)} in the config"
+            )
+        scales = {s.name: np.full(n, s.scale, np.float32) for s in self.stages if s.is_guided}
+        for name, value in given.items():
+            if name not in guided:
+                raise UserError(f"no stage {name!r} is guided; sample_fn(guidance=...); it is {', '.join(guided)}")
+            try:
+                array = np.asarray(value, np.float32)
+            except (TypeError, ValueError):
+                array = np.float32(np.nan)
+            if not np.isfinite(array).all():
+                raise UserError(f"guidance is {value!r}; sample_fn; pass a number, or one for each picture")
+            scales[name] = _one_each("guidance", array, n, 0)
+        return scales
+
+
+# Conditions that are arrays themselves, and their rank; the others are numbers.
+CONDITIONS = {"low_res": 3}
+
+
+def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
+    """One value for all pictures, or one each -> [n, ...]."""
+    if array.ndim > rank and len(array) != n:
+        raise UserError(f"{len(array)} values of {name} for {n} pictures; sample_fn; pass one each, or one for all")
+    return array if array.ndim > rank else np.broadcast_to(array, (n, *array.shape))
 
 
 @functools.lru_cache(maxsize=32)
 def _compiled(built: tuple[stages.Stage, ...], steps: str | None, sampler: str | None, eta: float, keep: int):
-    """The sampler over all devices, one for all parameters: (params, keys, cond) -> pictures."""
+    """The sampler over all devices, one for all parameters: (params, keys, scales, cond) -> pictures."""
     if steps is not None:
         built = tuple(
-            dataclasses.replace(s, sampling=stages.build_steps(s.schedule, s.train_steps, steps)) for s in built
+            dataclasses.replace(s, sampling=schedules.build_steps(s.schedule, s.train_steps, steps)) for s in built
         )
     if sampler is not None:
         built = tuple(dataclasses.replace(s, sampler=samplers.SAMPLERS[sampler](eta)) for s in built)
     pure = stages.sample_fn(built, keep=keep)
 
-    def run(params, keys, cond):
-        out = pure(params, keys, **cond)
+    def run(params, keys, scales, cond):
+        out = pure(params, keys, guidance=scales, **cond)
         return (out[0], out[1].swapaxes(0, 1)) if keep else out
 
     return parallel.map_batch(run)
@@ -181,17 +234,20 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load(
-    workdir: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
+    checkpoint: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
     step: int | None = None,
     decay: str | None = None,
     raw: bool = False,
 ) -> SampleFn:
-    """Loads a trained workdir: `sample_fn = diffax.load('runs/quickstart')`.
+    """Loads a trained model: `sample_fn = diffax.load('runs/quickstart')`.
 
     Args:
-      workdir: what training wrote to.
+      source: the workdir that training wrote to; or a config, `configs/NAME.py[:variant]` or `NAME[:variant]`, whose
+        weights are in `checkpoint`.
+      checkpoint: the workdir that holds the weights; by default `source`, or runs/NAME of a config.
       config: use this config in place of the workdir's (a plain dict of the same networks).
       step: a training step, by default the newest intact one.
       decay: which average of the parameters, by default the first configured one.
@@ -201,22 +257,75 @@ def load(
       A `SampleFn`.
 
     Raises:
-      UserError: there is no such workdir, checkpoint, step or average.
+      UserError: there is no such workdir, config, checkpoint, step or average; or no stage that makes pictures.
     """
-    config = read_config(workdir) if config is None else config
-    built, params, steps = [], {}, {}
-    for name in config["stages"]:
-        stage = stages.build_stage(config, name)
-        average = decay or next((str(d) for d in config[name]["train"]["ema"]), None)
-        folder = pathlib.Path(workdir) / name / "checkpoints"
-        with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-            found = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
-            steps[name], params[name], meta = found
-            lines = checkpoint.config_difference(meta["stage"], config[name], ignore=NOT_IN_THE_NETWORK)
-            if lines:
-                raise UserError(f"{lines[0]}; {checkpoints.directory}; use the config it was trained with")
-        built.append(stage)
+    workdir = pathlib.Path(source)
+    if config is None and (workdir / "config.json").exists():
+        config = read_config(workdir)
+    elif config is None:
+        config = _named_config(source)
+        workdir = pathlib.Path("runs") / default_name(source)
+        if checkpoint is None and not workdir.exists():
+            raise UserError(
+                f"there are no weights of {source} in {workdir}; diffax.load; pass checkpoint=WORKDIR, or train with "
+                f"python -m diffax.main --config={source}"
+            )
+    workdir = pathlib.Path(checkpoint or workdir)
+    built = stages.build_stages(config)
+    if not built:
+        raise UserError(f"no stage makes pictures in {workdir}: it holds a classifier; load the model that it guides")
+    params, steps = {}, {}
+    for name in dict.fromkeys(n for s in built for n in (s.name, *([s.classifier.name] if s.classifier else []))):
+        params[name], steps[name] = load_params(config, name, workdir, step=step, decay=decay, raw=raw)
     return SampleFn(tuple(built), params, config, steps)
+
+
+def _named_config(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The validated config of that name or path, as a plain dict."""
+    try:
+        config = configs.load(os.fspath(source))
+    except UserError as error:
+        if pathlib.Path(source).is_dir() or "there is no config" in str(error):
+            raise UserError(
+                f"there is no trained model; {source} is no config and has no config.json; train first, or pass "
+                "another workdir"
+            ) from None
+        raise
+    configs.validate(config)
+    return configs.to_dict(config)
+
+
+def default_name(config: str | os.PathLike[str]) -> str:
+    """The folder below runs/ for a config given as on the command line: 'configs/a.py:tiny' -> 'a_tiny'."""
+    return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
+
+
+def load_params(
+    config: Mapping[str, Any],
+    name: str,
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    decay: str | None = None,
+    raw: bool = False,
+) -> tuple[Params, int]:
+    """The trained parameters of one section, and their training step.
+
+    They lie in the section's own `workdir` if it names one, else in `workdir`.
+
+    Raises:
+      UserError: there are none, or they belong to another network than the config's.
+    """
+    section = config[name]
+    average = decay or next((str(d) for d in section["train"]["ema"]), None)
+    folder = pathlib.Path(section["workdir"] or workdir) / name / "checkpoints"
+    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+        found, params, meta = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
+        saved = configs.complete_section(meta["stage"])
+        lines = checkpoint.config_difference(saved, section, ignore=NOT_IN_THE_NETWORK)
+        if lines:
+            raise UserError(f"{lines[0]}; {checkpoints.directory}; use the config it was trained with")
+    return params, found
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -229,7 +338,7 @@ def spread_labels(n: int, num_classes: int) -> np.ndarray:
 
 def sample_conditions(built: Sequence[stages.Stage], n: int) -> dict[str, np.ndarray]:
     """Conditions for n pictures without a wish of their own: labels in turn."""
-    labelled = [s for s in built if "label" in s.takes]
+    labelled = [s for s in built if "label" in s.reads]
     return {"label": spread_labels(n, labelled[0].num_classes)} if labelled else {}
 
 

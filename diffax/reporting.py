@@ -196,6 +196,22 @@ class Reporter:
         self._file = self._board = None
 
 
+def append_row(path: str | os.PathLike[str], step: int, values: Mapping[str, Any]) -> None:
+    """Adds a row to a file like metrics.jsonl; rows of this step and later ones, left by an older run, go.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _truncate(path, step - 1)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write {path.name}: {error.strerror}; {path.parent}; free the space") from error
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; null stands for a value that was not finite.
 

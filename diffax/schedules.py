@@ -8,7 +8,9 @@ callers cannot tell them apart. Training draws u; respacing, DDIM and the few-st
 Tables are made on the host in float64 and cast once, by `transitions`.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -16,6 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray
+
+# What a choice of steps may be, for messages.
+STEPS = "'' (all), 'N', 'N,N,...', 'ddimN', 'trailingN', 'quadN', 'logsnrN' or 'fast27'"
+CONTINUOUS_STEPS = "'N', 'quadN' or 'logsnrN'"
 
 
 @flax.struct.dataclass
@@ -269,7 +275,8 @@ def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> np.ndarr
       steps: T, the length of the trained chain.
       sections: '' keeps all; '250' or 250 keeps that many, evenly strided, both ends included; '10,15,20' cuts the
         chain into equal sections and keeps so many of each; 'ddimN' uses the integer stride of the DDIM paper;
-        'fast27' is GLIDE's hand-tuned list for its upsampler.
+        'trailingN' walks down from the last step (Lin et al. 2024, table 2), 'quadN' keeps more steps near the data
+        (DDIM, appendix D.2, here with both ends); 'fast27' is GLIDE's hand-tuned list for its upsampler.
 
     Returns:
       [N] int64, increasing, in [0, T).
@@ -283,6 +290,13 @@ def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> np.ndarr
             if len(range(0, steps, stride)) == wanted:
                 return np.arange(0, steps, stride)
         raise ValueError(f"no integer stride takes exactly {wanted} of {steps} steps; got {sections!r}; use {wanted}")
+    grid, count = _named_grid(sections)
+    if grid in ("trailing", "quad"):
+        if count > steps:
+            raise ValueError(f"cannot keep {count} of {steps} steps; steps are {sections!r}")
+        if grid == "trailing":
+            return np.round(np.arange(steps, 0, -steps / count)[:count]).astype(np.int64)[::-1] - 1
+        return _distinct((steps - 1) * np.linspace(0 if count > 1 else 1, 1, count) ** 2, steps)
     if sections == "fast27":
         if steps < 50:
             raise ValueError(f"'fast27' needs a chain of at least 50 steps; got {steps}")
@@ -313,15 +327,94 @@ def _count(text: str, sections: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"steps must be '', 'N', 'N,N,...', 'ddimN' or 'fast27'; got {sections!r}") from None
+        raise ValueError(f"steps must be {STEPS}; got {sections!r}") from None
+
+
+def _named_grid(sections: str | int | Sequence[int]) -> tuple[str, int]:
+    """'quad10' -> ('quad', 10); ('', 0) for what is no such name."""
+    match = re.fullmatch("(trailing|quad|logsnr)([1-9][0-9]{0,6})", sections) if isinstance(sections, str) else None
+    return (match[1], int(match[2])) if match else ("", 0)
+
+
+def _distinct(index: np.ndarray, steps: int) -> np.ndarray:
+    """Rounds increasing numbers to different steps of [0, steps), moving those that collide to the next free one."""
+    order = np.arange(len(index))
+    index = np.maximum.accumulate(np.round(index).astype(np.int64) - order) + order
+    return np.minimum(index, steps - len(index) + order)
 
 
 def respaced(schedule: Schedule, steps: int, sections: str | int | Sequence[int] = "") -> Transition:
-    """The transitions of a T-step chain, or of the shorter chain that `space_timesteps(steps, sections)` keeps."""
-    kept = space_timesteps(steps, sections)
+    """The transitions of a T-step chain, or of the shorter one that a choice keeps.
+
+    Args:
+      schedule: a schedule of T discrete steps.
+      steps: T.
+      sections: as in `space_timesteps`; or 'logsnrN', evenly spaced in log-SNR (DPM-Solver, section 3.4).
+
+    Returns:
+      A table of N transitions.
+
+    Raises:
+      ValueError: the choice is not possible.
+    """
+    grid, count = _named_grid(sections)
+    if grid != "logsnr":
+        kept = space_timesteps(steps, sections)
+    elif count > steps:
+        raise ValueError(f"cannot keep {count} of {steps} steps; steps are {sections!r}")
+    else:
+        kept = _distinct(_at_even_logsnr(schedule, np.arange(1, steps + 1) / steps, count) * steps - 1, steps)
     return transitions(schedule, (kept[::-1] + 1) / steps)
 
 
-def even_steps(schedule: Schedule, count: int) -> Transition:
-    """`count` transitions of a continuous schedule, u evenly from 1 to 0 (classifier-free guidance, algorithm 2)."""
-    return transitions(schedule, np.linspace(1, 0, count) if count > 1 else np.ones(1))
+def continuous_steps(schedule: Schedule, choice: str | int) -> Transition:
+    """The transitions that sampling of a continuous schedule walks, from u = 1 to u = 0 and from there to clean data.
+
+    Args:
+      schedule: a schedule of all u in [0, 1].
+      choice: 'N' levels evenly spaced in u (classifier-free guidance, algorithm 2); 'quadN': u quadratic, more near the
+        data; 'logsnrN': evenly spaced in log-SNR.
+
+    Returns:
+      A table of N transitions; the last one starts at u = 0.
+
+    Raises:
+      ValueError: the choice is none of these.
+    """
+    grid, count = _named_grid(choice)
+    if grid == "trailing" or not grid and not re.fullmatch("[1-9][0-9]{0,6}", str(choice)):
+        raise ValueError(f"steps must be {CONTINUOUS_STEPS} for a continuous schedule; got {choice!r}")
+    count = count or int(choice)
+    even = np.linspace(1, 0, count) if count > 1 else np.ones(1)
+    if grid == "logsnr" and count > 1:
+        even = _at_even_logsnr(schedule, np.linspace(0, 1, 100_001), count)[::-1]
+    return transitions(schedule, even**2 if grid == "quad" else even)
+
+
+def _at_even_logsnr(schedule: Schedule, u: np.ndarray, count: int) -> np.ndarray:
+    """`count` values of u, increasing, from u[0] to u[-1], whose log-SNRs are evenly spaced."""
+    logsnr = schedule(u).logsnr
+    wanted = np.linspace(logsnr[-1], logsnr[0], count) if count > 1 else logsnr[-1:]
+    return np.interp(wanted, logsnr[::-1], u[::-1])[::-1]
+
+
+# ---- by name --------------------------------------------------------------------------------------------------------
+
+
+def build(config: Mapping[str, Any]) -> tuple[Schedule, int]:
+    """The schedule that a config's `schedule` section describes, and its T (0 if continuous).
+
+    Raises:
+      ValueError: unknown name, or numbers that make no schedule.
+    """
+    if config["name"] == "cosine_logsnr":
+        return cosine_logsnr(config["logsnr_min"], config["logsnr_max"]), 0
+    if config["name"] not in BETAS:
+        raise ValueError(f"unknown schedule.name {config['name']!r}; use one of {', '.join(sorted(BETAS))}")
+    betas = BETAS[config["name"]](config["steps"], config["beta_start"], config["beta_end"])
+    return discrete(betas, rescale_time=config["rescale_time"]), config["steps"]
+
+
+def build_steps(schedule: Schedule, train_steps: int, choice: str | int) -> Transition:
+    """The transitions that sampling walks: `respaced` if there are T train_steps, `continuous_steps` if there are 0."""
+    return respaced(schedule, train_steps, choice) if train_steps else continuous_steps(schedule, choice)

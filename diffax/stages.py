@@ -1,7 +1,8 @@
 """A stage: a config made real (floor 3). Here alone networks and diffusion meet.
 
 A system is a list of stages. Each is trained alone by `objective`, and they are sampled in one call by `sample_fn`:
-the picture that one stage makes is the `low_res` condition of the next.
+the picture that one stage makes is the `low_res` condition of the next. A noised classifier is trained like a stage,
+and guides one.
 """
 
 import dataclasses
@@ -11,12 +12,41 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffax import guidance, losses, models, samplers, schedules, timesteps
-from diffax.process import predict
-from diffax.schedules import Schedule, Transition
+from diffax import conditioning, guidance, losses, models, samplers, schedules, timesteps
+from diffax import config as configs
+from diffax.process import diffuse, predict
+from diffax.schedules import NoiseLevel, Schedule, Transition
 
 Array = jax.Array
 Params = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoisedClassifier:
+    """p(y | z_t), a classifier that works at every noise level (ADM, section 4), every choice made.
+
+    Attributes:
+      name: the config's section.
+      shape: (H, W, C) of the pictures it reads.
+      num_classes: number of labels.
+      net: a `models.Classifier`.
+      schedule: noise level as a function of u.
+      train_steps: T of a discrete schedule; 0 for a continuous one.
+      timesteps: how training draws u.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    net: models.Classifier
+    schedule: Schedule
+    train_steps: int
+    timesteps: timesteps.TimestepSampler
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What a training batch must hold besides its pictures."""
+        return ("label",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +57,7 @@ class Stage:
       name: the config's section.
       shape: (H, W, C) of what it makes.
       takes: conditions that its network reads, such as ('label',).
-      num_classes: number of labels, if it takes 'label'.
+      num_classes: number of labels that it, or the classifier that guides it, knows.
       net: the network.
       schedule: noise level as a function of u.
       train_steps: T of a discrete schedule; 0 for a continuous one.
@@ -35,7 +65,11 @@ class Stage:
       variance: see `process.predict`.
       timesteps: how training draws u.
       loss: what training minimises.
-      guidance: wraps the denoiser when sampling and when evaluating the bound.
+      drop: share of the training examples whose conditions are withheld.
+      null: {condition: what stands for it where it is withheld}; empty if none ever is.
+      guidance: names of `GUIDANCE` that wrap the denoiser in sampling, innermost first.
+      scale: of the guidance that has one, where a call gives none.
+      classifier: what the guidance 'classifier' asks.
       sampler: the sampler.
       sampling: table of the transitions that sampling walks.
     """
@@ -51,15 +85,44 @@ class Stage:
     variance: str | float
     timesteps: timesteps.TimestepSampler
     loss: losses.Loss
-    guidance: tuple[guidance.Guidance, ...]
+    drop: float
+    null: Mapping[str, Any]
+    guidance: tuple[str, ...]
+    scale: float
+    classifier: NoisedClassifier | None
     sampler: samplers.Sampler
     sampling: Transition
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Conditions that sampling needs: the network's and those of the guidance."""
+        return tuple(dict.fromkeys((*self.takes, *(self.classifier.reads if self.classifier else ()))))
 
-GUIDANCE: dict[str, Callable[[], guidance.Guidance]] = {
-    "clip_denoised": guidance.clip_denoised,
-    "dynamic_threshold": guidance.dynamic_threshold,
+    @property
+    def is_guided(self) -> bool:
+        """Whether a guidance with a scale wraps it."""
+        return any(name in SCALED for name in self.guidance)
+
+
+def _classifier_guidance(stage: Stage, params: Mapping[str, Params], scale: Array) -> guidance.Guidance:
+    classifier = stage.classifier
+
+    def log_prob(z: Array, t: NoiseLevel, *, label: Array, **_: Array) -> Array:
+        logits = classifier.net.apply({"params": params[classifier.name]}, z, t.time)
+        return -losses.cross_entropy(logits, label)
+
+    return guidance.classifier(log_prob, scale)
+
+
+# (stage, {section: params}, scale) -> guidance
+GUIDANCE: dict[str, Callable[[Stage, Mapping[str, Params], Array], guidance.Guidance]] = {
+    "clip_denoised": lambda stage, params, scale: guidance.clip_denoised(),
+    "dynamic_threshold": lambda stage, params, scale: guidance.dynamic_threshold(),
+    "classifier": _classifier_guidance,
+    "classifier_free": lambda stage, params, scale: guidance.classifier_free(scale, stage.null),
 }
+# Those with a scale, of which a stage has one at most.
+SCALED = ("classifier", "classifier_free")
 
 
 def _choose(table: Mapping[str, Any], name: str, field: str):
@@ -68,20 +131,23 @@ def _choose(table: Mapping[str, Any], name: str, field: str):
     return table[name]
 
 
-def build_schedule(config: Mapping) -> tuple[Schedule, int]:
-    """The schedule that a config's `schedule` section describes, and its T (0 if continuous)."""
-    if config["name"] == "cosine_logsnr":
-        return schedules.cosine_logsnr(config["logsnr_min"], config["logsnr_max"]), 0
-    betas = _choose(schedules.BETAS, config["name"], "schedule.name")
-    table = betas(config["steps"], config["beta_start"], config["beta_end"])
-    return schedules.discrete(table, rescale_time=config["rescale_time"]), config["steps"]
+def build_classifier(config: Mapping, name: str) -> NoisedClassifier:
+    """Builds the noised classifier that section `name` of a config describes.
 
-
-def build_steps(schedule: Schedule, train_steps: int, steps: str | int) -> Transition:
-    """The transitions that sampling walks: `steps` as in `schedules.space_timesteps`, or a count if continuous."""
-    if train_steps:
-        return schedules.respaced(schedule, train_steps, steps)
-    return schedules.even_steps(schedule, int(steps))
+    Raises:
+      ValueError: an option is unknown or does not fit another.
+    """
+    c = config[name]
+    schedule, train_steps = schedules.build(c["schedule"])
+    return NoisedClassifier(
+        name=name,
+        shape=tuple(c["shape"]),
+        num_classes=c["num_classes"],
+        net=models.build(c["net"], shape=tuple(c["shape"]), out_channels=c["num_classes"]),
+        schedule=schedule,
+        train_steps=train_steps,
+        timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
+    )
 
 
 def build_stage(config: Mapping, name: str) -> Stage:
@@ -98,7 +164,7 @@ def build_stage(config: Mapping, name: str) -> Stage:
       ValueError: an option is unknown or does not fit another.
     """
     c = config[name]
-    schedule, train_steps = build_schedule(c["schedule"])
+    schedule, train_steps = schedules.build(c["schedule"])
     learned = c["variance"] in ("learned", "learned_range")
     shape = tuple(c["shape"])
     net = models.build(
@@ -107,13 +173,18 @@ def build_stage(config: Mapping, name: str) -> Stage:
         takes=tuple(c["takes"]),
         num_classes=c["num_classes"],
         out_channels=shape[-1] * (1 + learned),
+        null_label=c["drop"] > 0,
     )
+    names = tuple(c["guidance"])
+    for guide in names:
+        _choose(GUIDANCE, guide, "guidance")
+    classifier = build_classifier(config, c["classifier"]) if "classifier" in names else None
     sampler = _choose(samplers.SAMPLERS, c["sampler"]["name"], "sampler.name")
     return Stage(
         name=name,
         shape=shape,
         takes=tuple(c["takes"]),
-        num_classes=c["num_classes"],
+        num_classes=c["num_classes"] or (classifier.num_classes if classifier else 0),
         net=net,
         schedule=schedule,
         train_steps=train_steps,
@@ -121,20 +192,29 @@ def build_stage(config: Mapping, name: str) -> Stage:
         variance=c["variance"],
         timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
         loss=_choose(losses.LOSSES, c["loss"]["name"], "loss.name")(c["loss"]["weight"]),
-        guidance=tuple(_choose(GUIDANCE, g, "guidance")() for g in c["guidance"]),
+        drop=c["drop"],
+        null=models.null_conditions(net) if c["drop"] else {},
+        guidance=names,
+        scale=c["guidance_scale"],
+        classifier=classifier,
         sampler=sampler(c["sampler"]["eta"]),
-        sampling=build_steps(schedule, train_steps, c["steps"]),
+        sampling=schedules.build_steps(schedule, train_steps, c["steps"]),
     )
 
 
+def build(config: Mapping, name: str) -> Stage | NoisedClassifier:
+    """Builds whichever of the two section `name` describes."""
+    return (build_classifier if configs.is_classifier(config[name]) else build_stage)(config, name)
+
+
 def build_stages(config: Mapping) -> list[Stage]:
-    """All stages of a config, in the order in which they are sampled."""
-    return [build_stage(config, name) for name in config["stages"]]
+    """The diffusion stages of a config, in the order in which they are sampled."""
+    return [build_stage(config, name) for name in config["stages"] if not configs.is_classifier(config[name])]
 
 
-def init_params(stage: Stage, key: Array) -> Params:
-    """Initial parameters of the stage's network, float32."""
-    return stage.net.init(key, *models.example_inputs(stage.net, stage.shape))["params"]
+def init_params(model: Stage | NoisedClassifier, key: Array) -> Params:
+    """Initial parameters of the network, float32."""
+    return model.net.init(key, *models.example_inputs(model.net, model.shape))["params"]
 
 
 def denoiser(stage: Stage, params: Params) -> guidance.Denoiser:
@@ -145,6 +225,21 @@ def denoiser(stage: Stage, params: Params) -> guidance.Denoiser:
         return predict(out, z, step, predicts=stage.predicts, variance=stage.variance)
 
     return denoise
+
+
+def guided_denoiser(stage: Stage, params: Mapping[str, Params], scale: Array | None = None) -> guidance.Denoiser:
+    """The stage's denoiser under its guidance.
+
+    Args:
+      stage: the stage.
+      params: {section: parameters} of the stage and of its classifier.
+      scale: of the guidance that has one, scalar or [B]; None leaves that guidance out.
+
+    Returns:
+      The denoiser; with a classifier it also reads 'label'.
+    """
+    names = [name for name in stage.guidance if scale is not None or name not in SCALED]
+    return guidance.guided(denoiser(stage, params[stage.name]), [GUIDANCE[n](stage, params, scale) for n in names])
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -168,11 +263,36 @@ class Objective(NamedTuple):
     update_extra: Callable[[Any, Any], Any]
 
 
-def objective(stage: Stage) -> Objective:
+def objective(model: Stage | NoisedClassifier) -> Objective:
+    """The training objective of a stage or a noised classifier."""
+    return classifier_objective(model) if isinstance(model, NoisedClassifier) else diffusion_objective(model)
+
+
+def _split(keys: Array, names: Sequence[str]) -> dict[str, Array]:
+    """[n] keys -> {name: [n] keys}."""
+    return dict(zip(names, jax.vmap(lambda k: jax.random.split(k, len(names)))(keys).T, strict=True))
+
+
+def _normal(keys: Array, shape: tuple[int, ...]) -> Array:
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def _by_quarter(terms: Mapping[str, Array], u: Array) -> dict[str, tuple[Array, Array]]:
+    """Sums and counts of [n] terms: of all, and of each quarter of the noise range, quietest first."""
+    metrics = {}
+    for name, term in terms.items():
+        metrics[name] = (jnp.sum(term), jnp.asarray(term.size, jnp.float32))
+        for q in range(4):
+            inside = jnp.clip(jnp.ceil(4 * u) - 1, 0, 3) == q
+            metrics[f"{name}_q{q}"] = (jnp.sum(jnp.where(inside, term, 0)), jnp.sum(inside, dtype=jnp.float32))
+    return metrics
+
+
+def diffusion_objective(stage: Stage) -> Objective:
     """The training objective of a diffusion stage (DDPM algorithm 1; Improved DDPM section 3).
 
-    Batches hold 'image' [n, H, W, C] in [-1, 1] and the conditions that the stage takes. Noise, noise level and dropout
-    of an example depend on its own key.
+    Batches hold 'image' [n, H, W, C] in [-1, 1] and the conditions that the stage takes. Noise, noise level, dropout
+    and which conditions are withheld depend on an example's own key.
     """
     # One reverse step for every training step, so that the bound knows where each would go.
     steps = schedules.respaced(stage.schedule, stage.train_steps)[::-1] if stage.train_steps else None
@@ -184,34 +304,66 @@ def objective(stage: Stage) -> Objective:
         return jax.tree.map(lambda a: jnp.asarray(a)[index], steps)
 
     def loss(params, extra, batch, keys, position, total):
-        keys = dict(
-            zip(("noise", "timestep", "dropout"), jax.vmap(lambda k: jax.random.split(k, 3))(keys).T, strict=True)
-        )
-        x = batch["image"].astype(jnp.float32)
+        keys = _split(keys, ("noise", "timestep", "dropout", "drop"))
         u, weight = stage.timesteps.draw(extra, keys["timestep"], position, total)
-        eps = jax.vmap(lambda k: jax.random.normal(k, stage.shape))(keys["noise"])
-        noised = losses.noised(x, eps, steps_at(u))
-        out = stage.net.apply(
-            {"params": params},
-            noised.z,
-            noised.step.t.time,
-            {k: batch[k] for k in stage.takes},
-            dropout_keys=keys["dropout"],
-        )
+        x = batch["image"].astype(jnp.float32)
+        noised = losses.noised(x, _normal(keys["noise"], stage.shape), steps_at(u))
+        cond = {k: batch[k] for k in stage.takes}
+        if stage.null:
+            cond = conditioning.drop(cond, keys["drop"], rate=stage.drop, null=stage.null)
+        out = stage.net.apply({"params": params}, noised.z, noised.step.t.time, cond, dropout_keys=keys["dropout"])
         value, terms = stage.loss(out, noised, predicts=stage.predicts, variance=stage.variance)
-        metrics = {}
-        for name, term in {"loss": value, **terms}.items():
-            metrics[name] = (jnp.sum(term), jnp.asarray(term.size, jnp.float32))
-            for q in range(4):  # by quarter of the noise range, quietest first
-                inside = jnp.minimum(jnp.ceil(4 * u) - 1, 3) == q
-                metrics[f"{name}_q{q}"] = (jnp.sum(jnp.where(inside, term, 0)), jnp.sum(inside, dtype=jnp.float32))
-        return value * weight, metrics, (u, value)
+        return value * weight, _by_quarter({"loss": value, **terms}, u), (u, value)
 
     return Objective(
         init=lambda key: init_params(stage, key),
         init_extra=stage.timesteps.init,
         loss=loss,
         update_extra=lambda extra, feedback: stage.timesteps.update(extra, *feedback),
+    )
+
+
+def classifier_terms(
+    classifier: NoisedClassifier, params: Params, x: Array, label: Array, t: NoiseLevel, eps: Array, **apply: Any
+) -> dict[str, Array]:
+    """How well a noised classifier tells pictures at given noise levels.
+
+    Args:
+      classifier: the classifier.
+      params: its parameters.
+      x: [n, H, W, C] clean pictures; label: [n] what they show; eps: [n, H, W, C] noise.
+      t: levels [n].
+      **apply: passed to the network, such as dropout_keys.
+
+    Returns:
+      'loss' (cross entropy, nats), 'top1' and 'top5' (1 where the label is the best, among the best five), [n] each.
+    """
+    logits = classifier.net.apply({"params": params}, diffuse(x, t, eps), t.time, **apply)
+    better = jnp.sum(logits > jnp.take_along_axis(logits, label[:, None], axis=1), axis=1)
+    ranks = {"top1": 1, "top5": 5}
+    hits = {name: (better < rank).astype(jnp.float32) for name, rank in ranks.items()}
+    return {"loss": losses.cross_entropy(logits, label), **hits}
+
+
+def classifier_objective(classifier: NoisedClassifier) -> Objective:
+    """Cross entropy on noised pictures (ADM, section 4; appendix H).
+
+    Batches hold 'image' and 'label'. Metrics are the loss, top-1 and top-5 accuracy, by quarter of the noise range.
+    """
+
+    def loss(params, extra, batch, keys, position, total):
+        keys = _split(keys, ("noise", "timestep", "dropout"))
+        u, weight = classifier.timesteps.draw(extra, keys["timestep"], position, total)
+        x, t = batch["image"].astype(jnp.float32), classifier.schedule(u)
+        eps = _normal(keys["noise"], classifier.shape)
+        terms = classifier_terms(classifier, params, x, batch["label"], t, eps, dropout_keys=keys["dropout"])
+        return terms["loss"] * weight, _by_quarter(terms, u), (u, terms["loss"])
+
+    return Objective(
+        init=lambda key: init_params(classifier, key),
+        init_extra=classifier.timesteps.init,
+        loss=loss,
+        update_extra=lambda extra, feedback: classifier.timesteps.update(extra, *feedback),
     )
 
 
@@ -226,24 +378,26 @@ def sample_fn(stages: Sequence[Stage], *, keep: int = 0) -> Callable[..., Array]
       keep: also return this many estimates of x on the way of the last stage (see `samplers.sample`).
 
     Returns:
-      (params {stage name: params}, keys [B], **cond) -> [B, H, W, C] float32, in [-1, 1] if guidance clips. Picture i
-      depends on keys[i] and the i-th conditions only.
+      (params {section: params}, keys [B], *, guidance=None, **cond) -> [B, H, W, C] float32, in [-1, 1] if guidance
+      clips. `guidance` is {stage: scale}, a scalar or [B]; a guided stage that it does not name takes its own scale.
+      Picture i depends on keys[i], the i-th conditions and the i-th scale only.
     """
 
-    def sample(params: Mapping[str, Params], keys: Array, **cond: Array) -> Array:
+    def sample(
+        params: Mapping[str, Params], keys: Array, *, guidance: Mapping[str, Array] | None = None, **cond: Array
+    ) -> Array:
         for number, stage in enumerate(stages):
             stage_keys = jax.vmap(lambda k, n=number: jax.random.fold_in(k, n))(keys)
             noise = samplers.picture_noise(stage_keys, stage.shape)
-            denoise = guidance.guided(denoiser(stage, params[stage.name]), stage.guidance)
             last = stage is stages[-1]
             out = samplers.sample(
-                denoise,
+                guided_denoiser(stage, params, (guidance or {}).get(stage.name, stage.scale)),
                 noise(jnp.int32(-1)),  # number -1, which no step has
                 noise,
                 stage.sampling,
                 stage.sampler,
                 keep=keep if last else 0,
-                **{k: cond[k] for k in stage.takes},
+                **{k: cond[k] for k in stage.reads},
             )
             cond["low_res"] = out[0] if keep and last else out
         return out
@@ -252,10 +406,13 @@ def sample_fn(stages: Sequence[Stage], *, keep: int = 0) -> Callable[..., Array]
 
 
 def bits_per_dim_fn(stage: Stage) -> Callable[..., losses.BitsPerDim]:
-    """(params, image [B, H, W, C], keys [B], **cond) -> the variational bound along the stage's sampling steps."""
+    """(params, image [B, H, W, C], keys [B], **cond) -> the variational bound along the stage's sampling steps.
+
+    The bound is the model's own: guidance that has a scale is left out.
+    """
 
     def evaluate(params: Params, image: Array, keys: Array, **cond: Array) -> losses.BitsPerDim:
-        denoise = guidance.guided(denoiser(stage, params), stage.guidance)
+        denoise = guided_denoiser(stage, {stage.name: params})
         noise = samplers.picture_noise(keys, stage.shape)
         return losses.bits_per_dim(denoise, image, noise, stage.sampling, **cond)
 

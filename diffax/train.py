@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from diffax import checkpoint, images, parallel, reporting
+from diffax import config as configs
 from diffax.errors import RunError, UserError
 from diffax.stages import Objective
 
@@ -37,6 +38,9 @@ MAY_DIFFER = (
     "data.workers",
     "net.remat",
     "guidance",
+    "guidance_scale",
+    "classifier",
+    "workdir",
     "sampler",
     "steps",
 )
@@ -245,7 +249,9 @@ class Run:
             return
         meta = checkpoints.read_meta()
         lines = checkpoint.config_difference(
-            {**meta["stage"], "seed": meta["seed"]}, {**self.section, "seed": self.seed}, ignore=MAY_DIFFER
+            {**configs.complete_section(meta["stage"]), "seed": meta["seed"]},
+            {**self.section, "seed": self.seed},
+            ignore=MAY_DIFFER,
         )
         if lines:
             raise UserError(f"{lines[0]}; {checkpoints.directory}; use the same config or another --workdir")

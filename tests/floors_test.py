@@ -15,12 +15,14 @@ FLOORS = {
     "process": 1,
     "guidance": 2.0,
     "timesteps": 2.0,
+    "conditioning": 2.0,
     "samplers": 2.1,
     "losses": 2.2,
     "stages": 3.0,
     "convert": 3.1,
     "train": 4.0,
     "pipeline": 4.0,
+    "judges": 4.1,
     "evaluate": 4.2,
     "editing": 4.1,
     "main": 5,
@@ -35,6 +37,7 @@ LEAVES = {
     "reporting": {"errors"},
     "parallel": {"errors"},
     "data": {"errors"},
+    "metrics": set(),
 }
 NOWHERE = {"tensorflow", "torch", "jaxtyping", "clu", "dill", "cloudpickle"}
 # Third-party packages and the modules that alone may import them.
@@ -42,13 +45,13 @@ ONLY_IN = {
     "orbax": {"checkpoint"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "sklearn": {"data", "evaluate"},
+    "sklearn": {"data", "judges"},
     "pickle": {"convert"},
     "safetensors": {"convert"},
     "huggingface_hub": {"convert"},
     "optax": {"train"},
     "ml_collections": {"config", "main"},
-    "matplotlib": {"images", "evaluate"},
+    "matplotlib": {"images"},
 }
 # Modules that may import nothing else but the standard library and diffax.
 NARROW = {

@@ -29,7 +29,8 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
 
     Args:
       data: the `data` section of a stage: name, path, data_dir, split; for shapes also holdout,
-        combinations such as 'red circle' to keep out of every split but 'holdout'.
+        combinations such as 'red circle' to keep out of every split but 'holdout', and single, to
+        leave out scenes of two things.
       shape: (height, width, channels) the images are wanted in. Channels (1 or 3) are converted
         here; sizes only choose between prepared sizes, `batches` resizes.
 
@@ -65,8 +66,18 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
     return _from_tfds(builder, split, channels)
 
 
+def has_held_out(data: Mapping[str, Any]) -> bool:
+    """Whether the data a config names have a test split by that name (those that diffax prepares do)."""
+    return data["name"] in builders.BUILDERS
+
+
+def held_out(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
+    """The test split of the data a config names, or the split it names where there is none; see `load_source`."""
+    return load_source({**data, "split": "test"} if has_held_out(data) else data, shape=shape)
+
+
 def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
-    """Shapes without the held-out combinations, or, as split 'holdout', only those of 'train'."""
+    """Shapes without the held-out combinations, or, as split 'holdout', only those of 'train'; single: one thing."""
     holdout = tuple(data.get("holdout", ()))
     for pair in holdout:
         if pair not in {f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES}:
@@ -80,20 +91,24 @@ def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
     split = "train" if only else data["split"]
     builder = builders.prepare("shapes", side=side, data_dir=data["data_dir"])
     source = _from_tfds(builder, split, channels)
-    if not holdout:
+    single = data.get("single", False)
+    if not holdout and not single:
         return source
     if split not in builders.Shapes.ranges:
         raise UserError(
-            f"data.holdout goes with whole splits, got {split!r}; data.split; use 'train', 'test' or 'holdout'"
+            f"data.holdout and data.single go with whole splits, got {split!r}; data.split; use 'train', 'test' or "
+            "'holdout'"
         )
-    kept = [
-        number
-        for number, index in enumerate(builders.Shapes.ranges[split])
-        if only == any(f"{thing.colour} {thing.shape}" in holdout for thing in shapes.scene(index).things)
-    ]
+
+    def wanted(things: tuple[shapes.Thing, ...]) -> bool:
+        held_out = any(f"{thing.colour} {thing.shape}" in holdout for thing in things)
+        return only == held_out and not (single and len(things) > 1)
+
+    kept = [number for number, i in enumerate(builders.Shapes.ranges[split]) if wanted(shapes.scene(i).things)]
+    limits = [f"{'only' if only else 'without'} {', '.join(holdout)}"] * bool(holdout) + ["single"] * single
     return dataclasses.replace(
         source,
-        name=f"{source.name} {'only' if only else 'without'} {', '.join(holdout)}",
+        name=f"{source.name} {' '.join(limits)}",
         size=len(kept),
         read=lambda i: source.read(kept[i]),
         where=lambda i: source.where(kept[i]),

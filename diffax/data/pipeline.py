@@ -106,6 +106,12 @@ def batches(
     )
 
 
+def examples(source: Source, data: Mapping[str, Any], *, shape: Sequence[int], limit: int) -> dict[str, np.ndarray]:
+    """The first `limit` records in order, as one batch: see `batches`."""
+    size = min(limit, len(source))
+    return next(batches(source, data, shape=shape, batch_size=size, seed=0, train=False))
+
+
 def _in_order(position: int) -> int:
     return position
 

@@ -11,7 +11,18 @@ from diffax.models.conditioners import Label, LowRes
 from diffax.models.layers import KERNEL_INITS, PADS, SINUSOIDS, choose, sinusoid
 from diffax.models.unet import POOLS, REMATS, RESAMPLES, Classifier, Context, Encoder, UNet
 
-__all__ = ["Classifier", "Context", "Label", "LowRes", "Network", "UNet", "build", "example_inputs", "sinusoid"]
+__all__ = [
+    "Classifier",
+    "Context",
+    "Label",
+    "LowRes",
+    "Network",
+    "UNet",
+    "build",
+    "example_inputs",
+    "null_conditions",
+    "sinusoid",
+]
 
 Array = jax.Array
 
@@ -88,6 +99,11 @@ def example_inputs(network: nn.Module, shape: tuple[int, int, int], batch: int =
     return z, time, {name: module.example(z) for name, module in network.conditioners}
 
 
+def null_conditions(network: Network) -> dict[str, int]:
+    """{condition: what stands for it where it is withheld}, of those that can be."""
+    return {name: module.null for name, module in network.conditioners if module.null is not None}
+
+
 def build(
     net: Mapping,
     *,
@@ -100,7 +116,8 @@ def build(
     """The network that a config describes.
 
     Args:
-      net: name='unet' and fields of `UNet`, or name='classifier' and fields of `Classifier`.
+      net: name='unet' and fields of `UNet`, or name='classifier' and fields of `Classifier`; fields that only the
+        other one has are passed over.
       shape: (H, W, C) of the images.
       takes: the conditions it reads: 'label', 'low_res'.
       num_classes: number of labels, if it takes 'label'.
@@ -116,13 +133,12 @@ def build(
     """
     net = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in dict(net).items()}
     name = net.pop("name", "unet")
-    module, outputs = choose(
-        {"unet": (UNet, "out_channels"), "classifier": (Classifier, "num_classes")}, name, "net.name"
-    )
-    options = [key for key in module.__dataclass_fields__ if key not in ("parent", "name", outputs)]
+    kinds = {"unet": (UNet, "out_channels"), "classifier": (Classifier, "num_classes")}
+    module, outputs = choose(kinds, name, "net.name")
+    options = {kind: {*kind.__dataclass_fields__} - {"parent", "name", count} for kind, count in kinds.values()}
     for key in net:
-        choose(dict.fromkeys(options), key, "net option")
-    network = module(**net, **{outputs: out_channels})
+        choose(dict.fromkeys(sorted(set.union(*options.values()))), key, "net option")
+    network = module(**{k: v for k, v in net.items() if k in options[module]}, **{outputs: out_channels})
     _check(network, shape)
 
     def label():

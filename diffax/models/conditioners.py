@@ -1,7 +1,7 @@
 """Conditioners: modules that turn one raw condition into a `Context` (floor 0).
 
 A conditioner is called with the condition and z, and returns a `Context`. `example` is a condition
-of the right shape, to initialise a network with.
+of the right shape, to initialise a network with; `null` stands for a condition that is withheld.
 """
 
 import flax.linen as nn
@@ -39,9 +39,16 @@ class Label(nn.Module):
     def example(self, z: Array) -> Array:
         return jnp.zeros(z.shape[:1], jnp.int32)
 
+    @property
+    def null(self) -> int | None:
+        """The label that stands for none; None if there is no such label."""
+        return self.num_classes if self.null_label else None
+
 
 class LowRes(nn.Module):
     """A smaller picture, resized to the size of z and concatenated to it (Improved DDPM, ADM)."""
+
+    null = None  # never withheld
 
     def __call__(self, low_res: Array, z: Array) -> Context:
         """low_res: [B, h, w, K] of any size, in [-1, 1]; bilinear, half-pixel centres."""
