@@ -29,4 +29,5 @@ def get_config(variant: str = ""):
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config)
         classifier.train.update(steps=600, batch_size=64)
+    config.eval.update(num=256, batch_size=64)
     return config

@@ -8,8 +8,9 @@ interpolated variance v = 0.3. The paper's scores, 50,000 samples, p_uncond 0.1;
 | FID          | 1.80  | 1.55  | 3.03 | 12.60 | 26.22 |
 | Inception    | 53.71 | 66.11 | 92.8 | 170.1 | 260.2 |
 
-295.9M parameters (the network of ADM without a learned variance). 256 steps, which the paper recommends for 128 pixels; it
-does not say how many it took here. The clock reads 1000 u, as in the authors' later code; the paper does not say.
+295.9M parameters (the network of ADM without a learned variance). 256 steps, which the paper recommends for 128
+pixels; it does not say how many it took here. The clock reads 1000 u, as in the authors' later code; the paper does not
+say.
 
 Data: a folder of images, one folder per class, data/imagenet_64 below the current one, or
       --config.base.data.path=FOLDER.

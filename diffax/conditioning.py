@@ -1,11 +1,14 @@
-"""Edits of the conditions on their way to a network in training (floor 2). Pure; each example has its own key."""
+"""Edits of the conditions on their way to a network (floor 2): withheld conditions, and low-resolution pictures made
+worse so that a stage forgives what the one before it gets wrong. Pure; each example has its own key.
+"""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from diffax.process import expand
+from diffax.process import diffuse, expand
+from diffax.schedules import NoiseLevel
 
 Array = jax.Array
 
@@ -28,3 +31,85 @@ def drop(cond: Mapping[str, Array], keys: Array, *, rate: float, null: Mapping[s
     return {
         k: jnp.where(expand(withheld, v), jnp.asarray(null[k], v.dtype), v) if k in null else v for k, v in cond.items()
     }
+
+
+# ---- low-resolution pictures ----------------------------------------------------------------------------------------
+
+
+def area_downsample(x: Array, factor: int) -> Array:
+    """[B, H, W, C] -> [B, H / factor, W / factor, C], the mean of each square (ADM, super-resolution training)."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
+    return squares.mean((2, 4))
+
+
+def round_to_bytes(x: Array) -> Array:
+    """Pictures in [-1, 1] as they come back from 8-bit files: clipped, on 256 values."""
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1
+
+
+def gaussian_blur(x: Array, sigma: Array) -> Array:
+    """3x3 Gaussian blur, reflected at the edges (CDM, section 3.2).
+
+    Args:
+      x: [B, H, W, C].
+      sigma: [B] standard deviation in pixels; 0 leaves the picture as it is.
+
+    Returns:
+      [B, H, W, C].
+    """
+    side = jnp.where(sigma > 0, jnp.exp(-0.5 / jnp.maximum(sigma, 1e-6) ** 2), 0.0)
+    taps = jnp.stack([side, jnp.ones_like(side), side], axis=-1) / (1 + 2 * side)[:, None]
+    for axis in (1, 2):
+        edges = [(0, 0)] * 4
+        edges[axis] = (1, 1)
+        wide, size = jnp.pad(x, edges, mode="reflect"), x.shape[axis]
+        shifted = [jax.lax.slice_in_dim(wide, i, i + size, axis=axis) for i in range(3)]
+        x = sum(expand(taps[:, i], x) * part for i, part in enumerate(shifted))
+    return x
+
+
+def random_blur(x: Array, keys: Array, *, share: float, low: float, high: float) -> Array:
+    """Blurs a share of the pictures, each with its own sigma ~ U(low, high) (CDM, section 3.2: half, 0.4 to 0.6)."""
+
+    def draw(key):
+        chosen, sigma = jax.random.split(key)
+        return jnp.where(jax.random.bernoulli(chosen, share), jax.random.uniform(sigma, minval=low, maxval=high), 0.0)
+
+    return gaussian_blur(x, jax.vmap(draw)(keys))
+
+
+def noise_to(x: Array, level: NoiseLevel, keys: Array) -> Array:
+    """q(z_s | x) with each picture's own noise: Gaussian conditioning augmentation (CDM, section 3.1).
+
+    Args:
+      x: [B, H, W, C] clean pictures.
+      level: [B]; clean data is let through.
+      keys: [B] typed PRNG keys.
+    """
+    eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+    return diffuse(x, level, eps)
+
+
+def crop_together(x: Array, low_res: Array, keys: Array, *, side: int) -> tuple[Array, Array]:
+    """The same random window of a picture and of its smaller version.
+
+    Args:
+      x: [B, H, W, C].
+      low_res: [B, H / f, W / f, K].
+      keys: [B] typed PRNG keys.
+      side: of the window in x, a multiple of f, at most H and W.
+
+    Returns:
+      [B, side, side, C] and [B, side / f, side / f, K].
+    """
+    factor = x.shape[1] // low_res.shape[1]
+    small = side // factor
+    choices = jnp.array([low_res.shape[1] - small + 1, low_res.shape[2] - small + 1])
+
+    def cut(x, low_res, key):
+        top, left = jax.random.randint(key, (2,), 0, choices)
+        window = jax.lax.dynamic_slice(x, (top * factor, left * factor, 0), (side, side, x.shape[-1]))
+        return window, jax.lax.dynamic_slice(low_res, (top, left, 0), (small, small, low_res.shape[-1]))
+
+    return jax.vmap(cut)(x, low_res, keys)

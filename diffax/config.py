@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from diffax.errors import UserError
@@ -120,6 +121,15 @@ STAGE: dict[str, Field] = {
     "shape": _int((32, 32, 3), 1, 8192, lengths=(3, 3)),
     "takes": _choice((), "label", "low_res"),
     "num_classes": _int(0, high=10**7),
+    "low_res.factor": _int(4, 2, 64),
+    "low_res.noise": _float(0.0, 0, 1),
+    "low_res.level": _float(0.0, 0, 1),
+    "low_res.truncated": Field(False, bool),
+    "low_res.blur": _float(0.0, 0, 1),
+    "low_res.blur_sigma": _float((0.4, 0.6), 0, 100, lengths=(2, 2)),
+    "low_res.round": Field(True, bool),
+    "low_res.jpeg": _int((), 1, 100, lengths=(0, 2)),
+    "low_res.crop": _int(0, high=8192),
     "data.name": _choice("cifar10", "digits", "shapes", "photos", "folder", "captions", "cifar10", "mnist", "tfds"),
     "data.path": Field("", str),
     "data.data_dir": Field("", str),
@@ -157,6 +167,7 @@ STAGE: dict[str, Field] = {
     "schedule.logsnr_min": _float(-20.0, -100, 100),
     "schedule.logsnr_max": _float(20.0, -100, 100),
     "schedule.rescale_time": Field(False, bool),
+    "schedule.continuous": Field(False, bool),
     "predicts": _choice("eps", "eps", "x", "v", "previous_x"),
     "variance": Field(
         "fixed_large",
@@ -205,12 +216,15 @@ TOP: dict[str, Field] = {
     "sample.batch_size": _int(64, 1, 10**6),
     "sample.seed": _int(0),
     "sample.columns": _int(8, 1, 10**4),
+    "sample.save": Field(False, bool),
+    "sample.tile": _int(0, high=8192),
     "eval.num": _int(1000, high=10**8),
     "eval.batch_size": _int(100, 1, 10**6),
     "eval.bpd_num": _int(64, high=10**8),
     "eval.steps": Field((), str),
     "eval.samplers": _choice((), *SAMPLERS),
     "eval.guidance": _float((), -(10**4), 10**4),
+    "eval.levels": _float((), 0, 1),
     "eval.judge": _choice("svc", "svc", "network"),
 }
 _RESERVED = {path.split(".")[0] for path in TOP}
@@ -605,6 +619,13 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
         _check_value(path, field, found[path])
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", config.name):
         raise _bad("config.name", "a word of letters, digits, '_', '-' and '.'", config.name)
+    guided = [name for name in config.stages if set(config[name].guidance) & set(SCALED)]
+    if config.eval.guidance and not guided:
+        raise UserError(
+            f"config.eval.guidance is {config.eval.guidance}, but no stage is guided; leave it empty, or add "
+            f"{' or '.join(map(repr, SCALED))} to a stage's guidance"
+        )
+    before = None
     for name in trained_sections(config):
         stage, where = config[name], f"config.{name}"
         _check_conditions(stage, where)
@@ -615,6 +636,8 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
         else:
             _check_guidance(config, stage, where)
             _check_diffusion(stage, where)
+            _check_low_res(stage, where, before and config[before], before)
+            before = name
             for steps in config.eval.steps:
                 _check_steps(stage, "config.eval.steps", steps)
         _check_train(stage, where, device_count, process_count)
@@ -687,6 +710,49 @@ def _check_conditions(stage: ConfigDict, where: str):
         raise _bad(f"{where}.data.split", "the name of a split, such as 'train'", "")
 
 
+def _check_low_res(stage: ConfigDict, where: str, before: ConfigDict | None, name: str):
+    """How a stage meets the smaller picture; `before` is the stage, of that name, that makes it."""
+    c = stage.low_res
+    if "low_res" not in stage.takes:
+        if before is not None:
+            raise UserError(f"{where}.takes must hold 'low_res', as {where} comes after config.{name}")
+        if c != stage_defaults().low_res:
+            raise UserError(
+                f"{where}.low_res is set, but {where}.takes has no 'low_res'; add it or leave low_res alone"
+            )
+        return
+    where = f"{where}.low_res"
+    if any(side % c.factor for side in stage.shape[:2]):
+        raise UserError(f"{where}.factor must divide the sides of {stage.shape}, got {c.factor}")
+    small = (*(side // c.factor for side in stage.shape[:2]), stage.shape[2])
+    if before is not None and before.shape != small:
+        raise UserError(
+            f"{where}.factor {c.factor} takes pictures of {small} to {stage.shape}, but config.{name}.shape is "
+            f"{before.shape}"
+        )
+    if c.level > c.noise:
+        raise UserError(f"{where}.level must be at most {where}.noise, {c.noise:g}, got {c.level:g}")
+    if c.blur_sigma[0] > c.blur_sigma[1] or (c.jpeg and c.jpeg[0] > c.jpeg[-1]):
+        raise UserError(f"{where}.blur_sigma and jpeg are ranges, lowest first; got {c.blur_sigma} and {c.jpeg}")
+    step = math.lcm(c.factor, 2 ** (len(stage.net.channel_mult) - 1))
+    if c.crop and (c.crop % step or c.crop > min(stage.shape[:2])):
+        raise UserError(f"{where}.crop must be a multiple of {step} and at most {min(stage.shape[:2])}, got {c.crop}")
+    if not c.truncated:
+        return
+    if before is None or not c.level:
+        raise UserError(f"{where}.truncated needs a stage before and a level above 0; got level {c.level:g}")
+    if before.schedule != stage.schedule:
+        raise UserError(f"{where}.truncated needs the schedule of config.{name}; make them equal")
+    from diffax import schedules
+
+    schedule, train_steps = schedules.build(before.schedule)
+    try:
+        level = schedule(np.array([c.level]))
+        schedules.until(schedules.build_steps(schedule, train_steps, before.steps), float(level.logsnr[0]))
+    except ValueError as error:
+        raise UserError(f"{where}.level {c.level:g}: {error}") from None
+
+
 def _check_net(stage: ConfigDict, where: str):
     net, levels = stage.net, len(stage.net.channel_mult)
     if stage.shape[2] not in (1, 3):
@@ -726,6 +792,10 @@ def _check_net(stage: ConfigDict, where: str):
                     raise UserError(f"{where}.net.{name} must divide the {level_text}, got {value}")
 
 
+def _is_continuous(schedule: ConfigDict) -> bool:
+    return schedule.name in CONTINUOUS or schedule.continuous
+
+
 def _check_schedule(schedule: ConfigDict, where: str):
     if schedule.name not in CONTINUOUS:
         _check_betas(schedule, where)
@@ -749,6 +819,8 @@ def _check_classifier(stage: ConfigDict, where: str):
 
 def _check_guidance(config: ConfigDict, stage: ConfigDict, where: str):
     scaled = [name for name in stage.guidance if name in SCALED]
+    if len(set(stage.guidance)) < len(stage.guidance):
+        raise _bad(f"{where}.guidance", "different names", stage.guidance)
     if len(scaled) > 1:
         raise UserError(f"{where}.guidance names {' and '.join(scaled)}, which share one scale; choose one")
     if stage.drop and "label" not in stage.takes:
@@ -772,16 +844,18 @@ def _check_guidance(config: ConfigDict, stage: ConfigDict, where: str):
         raise UserError(f"{where}.classifier must name the section of a classifier, got {stage.classifier!r}{hint}")
     for field in ("shape", "schedule", *(("num_classes",) if stage.num_classes else ())):
         if guide[field] != stage[field]:
-            mine, its = (_show(c[field].to_dict() if field == "schedule" else c[field]) for c in (stage, guide))
+            mine, its = stage[field], guide[field]
+            if field == "schedule":
+                mine, its = ({k: v for k, v in a.items() if v != b[k]} for a, b in ((mine, its), (its, mine)))
             raise UserError(
                 f"{where}.{field} must equal that of its classifier, config.{stage.classifier}.{field}; "
-                f"got {mine} and {its}"
+                f"got {_show(mine)} and {_show(its)}"
             )
 
 
 def _check_diffusion(stage: ConfigDict, where: str):
     schedule, learned = stage.schedule, str(stage.variance).startswith("learned")
-    if schedule.name in CONTINUOUS:
+    if _is_continuous(schedule):
         for field, value, clash in (
             ("loss.name", stage.loss.name, ("vlb", "hybrid")),
             ("timesteps.name", stage.timesteps.name, ("loss_second_moment",)),
@@ -789,8 +863,8 @@ def _check_diffusion(stage: ConfigDict, where: str):
         ):
             if value in clash:
                 raise UserError(
-                    f"{where}.{field} {value!r} needs a schedule of discrete steps, but "
-                    f"{where}.schedule.name is {schedule.name!r}; choose another"
+                    f"{where}.{field} {value!r} needs a schedule of discrete steps, but {where}.schedule "
+                    f"({schedule.name!r}) is continuous; choose another"
                 )
     if learned and stage.loss.name == "simple":
         raise UserError(

@@ -47,54 +47,113 @@ def bits_per_dim(
 
 
 def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[dict]:
-    """Scores every combination of `settings` guidance, samplers and steps; the config's own where one is empty.
+    """Scores every combination of `settings` guidance, levels, samplers and steps; the config's own where one is empty.
 
     Args:
-      sample_fn: the trained model.
+      sample_fn: the trained model, from its first stage on.
       section: the section of its last stage.
       settings: the config's `eval`.
 
     Yields:
-      Rows: steps, sampler and guidance; bits_per_dim (of the steps, whatever the guidance and the sampler); and of
-      `settings['num']` labelled samples the accuracy (share that a judge trained on real pictures recognises) and the
-      diversity (`metrics.spread` over that of real pictures). For pictures: `_samples` (the first ones) and `_curve` (a
-      `RateDistortion`).
+      Rows: steps, sampler, guidance and level (of the last stage's smaller picture); bits_per_dim (of the steps and the
+      model, whatever the rest); and of `settings['num']` samples the accuracy (share that a judge trained on real
+      pictures recognises), the diversity (`metrics.spread` over that of real pictures) and Frechet distances to
+      held-out pictures, of the judge's features and of patches. For pictures: `_samples` (the first ones) and `_curve`
+      (a `RateDistortion`).
     """
     stage = sample_fn.stages[-1]
-    labelled = bool(stage.num_classes) and settings["num"] > 0
+    num = settings["num"] if "low_res" not in sample_fn.takes else 0
+    labelled = bool(stage.num_classes) and num > 0
     judge = judges.JUDGES[settings["judge"]](section) if labelled else None
     bound_examples = max(settings["bpd_num"], 1)
-    real = held_out_examples(section, max(bound_examples, settings["num"] if labelled else 0))
+    real = held_out_examples(section, max(bound_examples, num))
+    all_steps = settings["steps"] or (section["steps"],)
     bounds = {
         steps: _bound(sample_fn, steps, {k: v[:bound_examples] for k, v in real.items()}, settings["batch_size"])
-        for steps in settings["steps"] or (section["steps"],)
+        for steps in all_steps
         if settings["bpd_num"] and stage.train_steps
     }
     guided = any(s.is_guided for s in sample_fn.stages)
-    for guidance, sampler, steps in itertools.product(
-        settings["guidance"] or (None,), settings["samplers"] or (None,), settings["steps"] or (section["steps"],)
+    noised = bool(stage.low_res and stage.low_res.noise and not stage.low_res.truncated)
+    label = pipeline.spread_labels(num, stage.num_classes) if labelled else None
+    for guidance, level, sampler, steps in itertools.product(
+        settings["guidance"] or (None,), settings["levels"] or (None,), settings["samplers"] or (None,), all_steps
     ):
         taken = len(schedules.build_steps(stage.schedule, stage.train_steps, steps).t.time)
         row: dict[str, Any] = {"steps": taken, "sampler": sampler or section["sampler"]["name"]}
         if guided:
             row["guidance"] = stage.scale if guidance is None else guidance
+        if noised:
+            row["level"] = stage.low_res.level if level is None else level
         if steps in bounds:
             row["bits_per_dim"] = float(np.mean(bounds[steps].total))
             row["_curve"] = editing.rate_distortion(bounds[steps])
-        if judge:
-            label = pipeline.spread_labels(settings["num"], stage.num_classes)
+        if num:
+            given = {} if label is None else {"label": label}
             made = sample_fn(
-                1, label=label, guidance=guidance, steps=steps, sampler=sampler, batch_size=settings["batch_size"]
+                1,
+                num,
+                guidance=guidance,
+                level=None if level is None else {stage.name: level},
+                steps=steps if settings["steps"] else None,
+                sampler=sampler,
+                batch_size=settings["batch_size"],
+                **given,
             )
             images.check_finite(made)
+            row["_samples"] = made[: 5 * (stage.num_classes or 8)]
+            row |= {"samples": num, "frechet_patches": _patch_distance(made, real["image"])}
+        if judge:
             row |= {
                 "accuracy": float(np.mean(judge.classify(made) == label)),
                 "diversity": metrics.spread(made, label) / metrics.spread(real["image"], real["label"]),
+                "frechet_judge": metrics.frechet_distance(judge.features(made), judge.features(real["image"])),
                 "accuracy_of_judge_on_real": judge.accuracy,
-                "samples": settings["num"],
-                "_samples": made[: 5 * stage.num_classes],
             }
         yield row
+
+
+def _patch_distance(made: np.ndarray, real: np.ndarray) -> float:
+    return metrics.frechet_distance(metrics.patches(made), metrics.patches(real))
+
+
+def enlargements(
+    sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[dict]:
+    """Scores one stage on held-out pictures made smaller, beside bicubic interpolation.
+
+    Args:
+      sample_fn: of that stage alone.
+      section: its section.
+      settings: the config's `eval`: `num` pictures at every one of `levels`.
+
+    Yields:
+      Rows: method, level, psnr in dB (fidelity to the very picture; the mean of all possible pictures wins) and
+      frechet_patches (whether the set looks like the real one). For pictures: `_small`, `_made` and `_real`.
+    """
+    stage = sample_fn.stages[0]
+    real = held_out_examples(section, settings["num"])
+    image = real["image"]
+    small = pipeline.smaller(image, stage.low_res.factor)
+    small = images.as_floats(images.to_uint8(small)) if stage.low_res.round else small
+    given = {k: real[k] for k in stage.reads if k != "low_res"}
+
+    def row(method: str, made: np.ndarray, **more: Any) -> dict:
+        return {
+            "method": method,
+            **more,
+            "psnr": metrics.psnr(made, image),
+            "frechet_patches": _patch_distance(made, image),
+            "pictures": len(image),
+        }
+
+    yield row("bicubic", images.bicubic(small, stage.low_res.factor))
+    for level in (settings["levels"] or (None,)) if stage.low_res.noise else (None,):
+        made = sample_fn(1, image=small, level=level, batch_size=settings["batch_size"], **given)
+        images.check_finite(made)
+        more = {"level": stage.low_res.level if level is None else level} if stage.low_res.noise else {}
+        shown = {"_small": small[:8], "_made": made[:8], "_real": image[:8]}
+        yield row(stage.name, made, **more) | shown
 
 
 def _bound(sample_fn: pipeline.SampleFn, steps: str, real: Mapping[str, np.ndarray], batch_size: int):
@@ -127,6 +186,16 @@ def trade_off(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
         panel("guidance", "diversity", scale, diversity),
         panel("diversity", "accuracy", diversity, accuracy, notes),
     ]
+
+
+def best_level(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
+    """Frechet distances against the noise on the smaller picture (CDM, table 4); empty for fewer than two levels."""
+    of = [row for row in rows if "level" in row and "samples" in row]
+    x = [row["level"] for row in of]
+    if len(set(x)) < 2 or len(set(x)) < len(x):
+        return []
+    names = [name for name in ("frechet_judge", "frechet_patches") if name in of[0]]
+    return [images.Panel("noise level u of the smaller picture", n, {n: (x, [r[n] for r in of])}) for n in names]
 
 
 # ---- noised classifiers ---------------------------------------------------------------------------------------------
@@ -185,11 +254,13 @@ def write_classifier_report(folder: pathlib.Path, found: Mapping[str, np.ndarray
     return row
 
 
-def write_report(workdir: pathlib.Path, rows: list[dict], header: Mapping[str, Any]) -> str:
-    """Writes evaluation.json and evaluation.md; returns the table."""
+def write_report(
+    workdir: pathlib.Path, rows: list[dict], header: Mapping[str, Any], *, name: str = "evaluation"
+) -> str:
+    """Writes NAME.json and NAME.md; returns the table."""
     kept = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
     text = json.dumps({**header, "rows": kept}, indent=2) + "\n"
-    images.write_atomically(workdir / "evaluation.json", lambda f: f.write(text.encode()))
+    images.write_atomically(workdir / f"{name}.json", lambda f: f.write(text.encode()))
     names = list(dict.fromkeys(k for row in kept for k in row))
 
     def show(value):
@@ -197,5 +268,5 @@ def write_report(workdir: pathlib.Path, rows: list[dict], header: Mapping[str, A
 
     lines = [names, ["---"] * len(names)] + [[show(row.get(k)) for k in names] for row in kept]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    images.write_atomically(workdir / "evaluation.md", lambda f: f.write((table + "\n").encode()))
+    images.write_atomically(workdir / f"{name}.md", lambda f: f.write((table + "\n").encode()))
     return table

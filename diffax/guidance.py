@@ -118,8 +118,8 @@ def classifier_free(scale: Array | float, null: Mapping[str, Array]) -> Guidance
 
     Args:
       scale: scalar or [B]; may be traced. 1 is the conditional model, 0 the unconditional one.
-      null: the withheld value of each condition that training dropped, one example's worth (no batch axis); conditions
-        that it does not name are given to both halves.
+      null: the withheld value of each condition that training dropped, one example's worth (no batch axis), an array or
+        a tree of them like the condition; conditions that it does not name are given to both halves.
 
     Returns:
       The guidance; to be applied before clipping, which does not commute with it.
@@ -129,8 +129,11 @@ def classifier_free(scale: Array | float, null: Mapping[str, Array]) -> Guidance
         def denoiser(z, step, **cond):
             n = z.shape[0]
             twice = jax.tree.map(lambda a: jnp.concatenate([a, a]) if jnp.ndim(a) else a, (z, step, cond))
-            withheld = {k: jnp.broadcast_to(jnp.asarray(v, cond[k].dtype), cond[k].shape) for k, v in null.items()}
-            both = denoise(*twice[:2], **twice[2] | {k: jnp.concatenate([cond[k], v]) for k, v in withheld.items()})
+
+            def withhold(v, given):
+                return jnp.concatenate([given, jnp.broadcast_to(jnp.asarray(v, given.dtype), given.shape)])
+
+            both = denoise(*twice[:2], **twice[2] | {k: jax.tree.map(withhold, v, cond[k]) for k, v in null.items()})
 
             def first(a):
                 return a[:n] if jnp.ndim(a) and a.shape[0] == 2 * n else a

@@ -35,6 +35,61 @@ def from_uint8(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) / np.float32(127.5) - 1
 
 
+def as_floats(x: np.ndarray) -> np.ndarray:
+    """Pictures as float32: uint8 are scaled to [-1, 1], other numbers stay as they are."""
+    x = np.asarray(x)
+    return from_uint8(x) if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def bicubic(images: np.ndarray, factor: int) -> np.ndarray:
+    """[N, h, w, C] floats in [-1, 1] -> [N, h * factor, w * factor, C], by Pillow's bicubic filter, clipped."""
+    height, width = (factor * side for side in images.shape[1:3])
+
+    def resize(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC))
+
+    planes = [[resize(image[..., c]) for c in range(image.shape[-1])] for image in np.asarray(images, np.float32)]
+    return np.clip(np.moveaxis(np.asarray(planes), 1, -1), -1, 1)
+
+
+def tile_corners(size: tuple[int, int], tile: int, *, overlap: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Where tiles lie that cover a picture.
+
+    Args:
+        size: (height, width).
+        tile: side of a tile.
+        overlap: pixels that neighbours share.
+
+    Returns:
+        The (top, left) of every tile, and the (height, width) that they cover, at least `size`.
+    """
+    stride = tile - overlap
+    counts = [max(1, -(-(side - overlap) // stride)) for side in size]
+    corners = [(y * stride, x * stride) for y in range(counts[0]) for x in range(counts[1])]
+    return corners, tuple((count - 1) * stride + tile for count in counts)
+
+
+def pad_reflecting(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Extends [h, w, C] at the bottom and the right to `size` by mirror images of itself."""
+    index = [
+        np.pad(np.arange(old), (0, new - old), mode="symmetric") for old, new in zip(image.shape, size, strict=False)
+    ]
+    return image[index[0]][:, index[1]]
+
+
+def blend_tiles(tiles: np.ndarray, corners: Sequence[tuple[int, int]], *, overlap: int) -> np.ndarray:
+    """Puts tiles [N, t, t, C] back together, weights falling linearly to the edges over `overlap` pixels."""
+    side = tiles.shape[1]
+    ramp = np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)).clip(max=overlap + 1) / (overlap + 1)
+    weight = np.outer(ramp, ramp)[..., None]
+    height, width = (max(corner[axis] for corner in corners) + side for axis in (0, 1))
+    total, weights = np.zeros((height, width, tiles.shape[-1])), np.zeros((height, width, 1))
+    for image, (y, x) in zip(tiles, corners, strict=True):
+        total[y : y + side, x : x + side] += weight * image
+        weights[y : y + side, x : x + side] += weight
+    return (total / weights).astype(np.float32)
+
+
 def check_finite(images: np.ndarray, first_index: int = 0) -> None:
     """Raises RunError that names the first image with a NaN or an infinity.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffax import config as configs
@@ -24,10 +25,12 @@ class Judge(NamedTuple):
 
     Attributes:
       classify: pictures [N, H, W, C] in [-1, 1] -> labels [N].
+      features: pictures -> [N, D], what it sees before it decides.
       accuracy: on held-out real pictures.
     """
 
     classify: Callable[[np.ndarray], np.ndarray]
+    features: Callable[[np.ndarray], np.ndarray]
     accuracy: float
 
 
@@ -47,7 +50,11 @@ def svc(section: Mapping[str, Any]) -> Judge:
     c, shape = section["data"], section["shape"]
     real = data.examples(data.load_source(c, shape=shape), c, shape=shape, limit=SVC_EXAMPLES)
     fitted = SVC(C=10.0).fit(real["image"].reshape(len(real["image"]), -1), real["label"])
-    return _judged(lambda pictures: fitted.predict(pictures.reshape(len(pictures), -1)), section)
+
+    def features(pictures: np.ndarray) -> np.ndarray:
+        return np.asarray(pictures).reshape(len(pictures), -1)
+
+    return _judged(lambda pictures: fitted.predict(features(pictures)), features, section)
 
 
 def network(section: Mapping[str, Any], *, steps: int = 600) -> Judge:
@@ -79,21 +86,23 @@ def network(section: Mapping[str, Any], *, steps: int = 600) -> Judge:
     for _, (_, batch) in zip(reporting.progress_bar(range(steps), "training the judge"), batches, strict=False):
         state, _ = run.step(state, batch)
     params = jax.device_get(state.params)
-    logits = parallel.map_batch(
-        lambda params, pictures: model.net.apply({"params": params}, pictures, np.zeros(len(pictures), np.float32))
-    )
 
-    def classify(pictures: np.ndarray) -> np.ndarray:
-        parts = [logits(params, pictures[i : i + 256]) for i in range(0, len(pictures), 256)]
-        return np.concatenate([np.argmax(part, axis=-1) for part in parts])
+    @parallel.map_batch
+    def look(params, pictures):
+        time = jnp.zeros(len(pictures))
+        logits, seen = model.net.apply({"params": params}, pictures, time, mutable=["intermediates"])
+        return jnp.argmax(logits, axis=-1), seen["intermediates"]["features"][0]
 
-    return _judged(classify, section)
+    def looked(pictures: np.ndarray, which: int) -> np.ndarray:
+        return np.concatenate([look(params, pictures[i : i + 256])[which] for i in range(0, len(pictures), 256)])
+
+    return _judged(lambda pictures: looked(pictures, 0), lambda pictures: looked(pictures, 1), section)
 
 
-def _judged(classify: Callable[[np.ndarray], np.ndarray], section: Mapping[str, Any]) -> Judge:
+def _judged(classify: Callable, features: Callable, section: Mapping[str, Any]) -> Judge:
     c, shape = section["data"], section["shape"]
     test = data.examples(data.held_out(c, shape=shape), c, shape=shape, limit=SVC_EXAMPLES)
-    return Judge(classify, float(np.mean(classify(test["image"]) == test["label"])))
+    return Judge(classify, features, float(np.mean(classify(test["image"]) == test["label"])))
 
 
 JUDGES: dict[str, Callable[[Mapping[str, Any]], Judge]] = {"svc": svc, "network": network}

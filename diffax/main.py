@@ -1,6 +1,7 @@
 """The command: `python -m diffax.main --config=configs/quickstart.py` (floor 5)."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import absl.logging
 import jaxlib
+import numpy as np
 
 from diffax import checkpoint, data, evaluate, images, parallel, pipeline, stages, train
 from diffax import config as configs
@@ -92,6 +94,7 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
             process_index=parallel.process_index(),
             process_count=parallel.process_count(),
             keys=tuple(k for k in model.reads if k in source.keys),
+            low_res=section["low_res"] if section["low_res"]["jpeg"] else None,
         )
 
     train.fit(
@@ -117,70 +120,163 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
             evaluate.write_classifier_report(folder, found, step)
 
         return score
-    if "low_res" in model.takes or (model.classifier and not is_trained(job, model.classifier.name)):
+    if model.classifier and not is_trained(job, model.classifier.name):
         return None
     guide = {}
     if model.classifier:
         guide[model.classifier.name] = pipeline.load_params(config, model.classifier.name, job.workdir)[0]
+    real = evaluate.held_out_examples(section, 8) if model.low_res else None
 
     def draw(params, step):
         sample_fn = pipeline.SampleFn((model,), {model.name: params, **guide}, config, {model.name: step})
-        write_samples(sample_fn, config, folder / "samples" / f"{step:08d}.png", source.class_names)
+        path = folder / "samples" / f"{step:08d}.png"
+        if real is None:
+            write_samples(sample_fn, config, path, source.class_names)
+        else:
+            small = pipeline.smaller(real["image"], model.low_res.factor)
+            made = sample_fn(0, image=small, **{k: real[k] for k in model.reads if k != "low_res"})
+            pipeline.draw_enlargements(path, small, made, real["image"])
 
     return draw
 
 
-def write_samples(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path, class_names: Sequence[str]) -> None:
-    """Samples as the config's `sample` section says, into one labelled grid."""
+def write_samples(
+    sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Samples as the config's `sample` section says, into one labelled grid; returns what every stage made."""
     c = config["sample"]
     cond = pipeline.sample_conditions(sample_fn.stages, c["num"])
-    made = sample_fn(c["seed"], c["num"], batch_size=c["batch_size"], **cond)
+    made = sample_fn(c["seed"], c["num"], batch_size=c["batch_size"], every_stage=True, **cond)
     labels = [class_names[i] if i < len(class_names) else str(i) for i in cond["label"]] if cond else None
-    pipeline.draw_grid(path, made, columns=c["columns"], labels=labels)
+    pipeline.draw_grid(path, made[sample_fn.stages[-1].name], columns=c["columns"], labels=labels)
+    return {"made": made, **cond}
 
 
 def run_sample(job: Job) -> None:
-    """Samples from a trained workdir into one picture."""
+    """Samples from a trained workdir into one picture, or enlarges a picture."""
     sample_fn = load_trained(job)
-    path = pathlib.Path(job.args.output or job.workdir / "samples.png")
+    path = pathlib.Path(job.args.output or job.workdir / ("enlarged.png" if job.args.input else "samples.png"))
     if job.args.output and path.exists() and not job.args.overwrite:
         raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
-    if parallel.process_index() == 0:
-        write_samples(sample_fn, job.config, path, class_names(job))
-        print(f"samples: {path}")
+    if parallel.process_index() != 0:
+        return
+    if sample_fn.stages[0].low_res or job.args.input:
+        enlarge_input(job, sample_fn, path)
+        return
+    found = write_samples(sample_fn, job.config, path, class_names(job))
+    print(f"samples: {path}")
+    if job.config["sample"]["save"]:
+        for name, pictures in found["made"].items():
+            save_pictures(job.workdir / name, pictures, found.get("label"))
+
+
+def save_pictures(folder: pathlib.Path, pictures: np.ndarray, label: np.ndarray | None) -> None:
+    """Keeps pictures as bytes in ADM's layout, for other programs and for later stages (`--input`)."""
+    images.check_finite(pictures)
+    print(f"samples: {images.save_npz(folder, images.to_uint8(pictures), label)}")
+
+
+def enlarge_input(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path) -> None:
+    """Enlarges --input: a picture, or a file of many smaller samples; by default held-out pictures of the data."""
+    config, c = job.config, job.config["sample"]
+    if len(sample_fn.stages) > 1 or job.args.stage:
+        sample_fn = sample_fn.starting_at(job.args.stage or sample_fn.stages[-1].name)
+    first = sample_fn.stages[0]
+    if first.low_res is None:
+        raise UserError(f"{first.name} enlarges no picture; --input; pass --stage=NAME of one that takes 'low_res'")
+    given = str(job.args.input or "")
+    channels = first.shape[-1]
+    if not given:
+        real = evaluate.held_out_examples(config[first.name], min(c["num"], 8))
+        factor = int(np.prod([s.low_res.factor for s in sample_fn.stages]))
+        small, real = (
+            pipeline.smaller(real["image"], first.low_res.factor),
+            real if factor == first.low_res.factor else None,
+        )
+        label = None if real is None else real.get("label")
+    elif given.endswith(".npz"):
+        small, label = images.load_npz(given)
+        small, real = images.as_floats(small[..., :channels]), None
+    else:
+        picture = images.as_floats(images.read_image(given))
+        picture = picture if channels == 3 else picture.mean(-1, keepdims=True)
+        cond = {k: v[0] for k, v in pipeline.sample_conditions(sample_fn.stages, 1).items()}
+        made = pipeline.enlarge(sample_fn, picture, seed=c["seed"], tile=c["tile"], batch_size=c["batch_size"], **cond)
+        images.check_finite(made[None])
+        images.save_png(path.with_name(f"{path.stem}_result.png"), images.to_uint8(made))
+        pipeline.draw_enlargements(path, picture[None], made[None])
+        print(f"input, bicubic and result: {path}\nresult: {path.with_name(f'{path.stem}_result.png')}")
+        return
+    cond = pipeline.sample_conditions(sample_fn.stages, len(small))
+    if cond and label is not None:
+        cond["label"] = label.astype(np.int32)
+    made = sample_fn(c["seed"], image=small, batch_size=c["batch_size"], every_stage=True, **cond)
+    last = made[sample_fn.stages[-1].name]
+    shown = slice(0, 8)
+    pipeline.draw_enlargements(path, small[shown], last[shown], None if real is None else real["image"][shown])
+    print(f"input, bicubic and result of the first ones: {path}")
+    if c["save"]:
+        for name, pictures in made.items():
+            save_pictures(job.workdir / name, pictures, cond.get("label"))
 
 
 def run_evaluate(job: Job) -> None:
     """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures."""
     config = job.config
     for name in configs.trained_sections(config):
-        if configs.is_classifier(config[name]) and is_trained(job, name):
+        if config["eval"]["num"] and configs.is_classifier(config[name]) and is_trained(job, name):
             evaluate_classifier(job, name)
     if not any(not configs.is_classifier(config[name]) for name in config["stages"]):
         return
     sample_fn = load_trained(job)
-    stage = sample_fn.stages[-1]
-    rows = []
+    for stage in sample_fn.stages:
+        if stage.low_res and config["eval"]["num"]:
+            evaluate_enlargement(job, sample_fn, stage.name)
+    if "low_res" in sample_fn.takes:
+        return
+    stage, folder, rows = sample_fn.stages[-1], job.workdir / "evaluation", []
     for row in evaluate.scores(sample_fn, config[stage.name], config["eval"]):
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if not k.startswith("_")}
-        print(shown, file=sys.stderr, flush=True)
+        show_row(row)
         rows.append(row)
-        of = "_".join(str(row[k]) for k in ("guidance", "sampler", "steps") if k in row)
+        of = "_".join(str(row[k]) for k in ("guidance", "level", "sampler", "steps") if k in row)
         if "_samples" in row:
-            path = job.workdir / "evaluation" / f"samples_{of}.png"
-            pipeline.draw_grid(path, row["_samples"], columns=stage.num_classes)
+            pipeline.draw_grid(folder / f"samples_{of}.png", row["_samples"], columns=stage.num_classes or 8)
         if "_curve" in row:
-            panel = images.Panel(
-                "rate, bits per dimension", "distortion, RMSE of 0 to 255", {"rate-distortion": row["_curve"]}
-            )
-            images.line_plots(job.workdir / "evaluation" / f"rate_distortion_{row['steps']}.png", [panel])
-    header = {"name": config["name"], "training_step": dict(sample_fn.step)}
-    print(evaluate.write_report(job.workdir, rows, header))
-    if panels := evaluate.trade_off(rows):
-        images.line_plots(job.workdir / "trade_off.png", panels)
-        print(f"plot: {job.workdir / 'trade_off.png'}")
+            curve = {"rate-distortion": row["_curve"]}
+            panel = images.Panel("rate, bits per dimension", "distortion, RMSE of 0 to 255", curve)
+            images.line_plots(folder / f"rate_distortion_{row['steps']}.png", [panel])
+    print(evaluate.write_report(job.workdir, rows, report_header(job, sample_fn)))
+    for name, panels in (("trade_off", evaluate.trade_off(rows)), ("best_level", evaluate.best_level(rows))):
+        if panels:
+            images.line_plots(job.workdir / f"{name}.png", panels)
+            print(f"plot: {job.workdir / f'{name}.png'}")
     write_progress(sample_fn, config, job.workdir / "progressive.png")
     print(f"report: {job.workdir / 'evaluation.md'}")
+
+
+def report_header(job: Job, sample_fn: pipeline.SampleFn) -> dict[str, Any]:
+    """What a report is about."""
+    return {"name": job.config["name"], "training_step": dict(sample_fn.step)}
+
+
+def show_row(row: dict[str, Any]) -> None:
+    """Prints the numbers of a row as soon as it is known."""
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if not k.startswith("_")}
+    print(shown, file=sys.stderr, flush=True)
+
+
+def evaluate_enlargement(job: Job, sample_fn: pipeline.SampleFn, name: str) -> None:
+    """Scores one stage that enlarges, on held-out pictures; writes its report and a picture."""
+    alone = sample_fn.starting_at(name)
+    alone = dataclasses.replace(alone, stages=alone.stages[:1])
+    rows = []
+    for row in evaluate.enlargements(alone, job.config[name], job.config["eval"]):
+        show_row(row)
+        rows.append(row)
+        if "_made" in row:
+            path = job.workdir / name / f"enlargements{'_' + str(row['level']) if 'level' in row else ''}.png"
+            pipeline.draw_enlargements(path, row["_small"], row["_made"], row["_real"])
+    print(evaluate.write_report(job.workdir / name, rows, report_header(job, alone), name="enlargements"))
 
 
 def evaluate_classifier(job: Job, name: str) -> None:
@@ -246,10 +342,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", metavar="FILE[:VARIANT]", help="such as configs/quickstart.py; see the list below")
     p.add_argument("--mode", default="train", help=f"{', '.join(MODES)} (default train)")
     p.add_argument("--workdir", help="where all is written (default runs/NAME)")
-    p.add_argument("--stage", help="train this stage alone")
+    p.add_argument("--stage", help="train this stage alone; sample --input: enlarge by the stages from this one on")
     p.add_argument("--step", type=int, help="sample, evaluate: this checkpoint instead of the newest")
     p.add_argument("--ema", help="sample, evaluate: this average of the parameters, such as 0.999")
     p.add_argument("--raw", action="store_true", help="sample, evaluate: the parameters without averaging")
+    p.add_argument(
+        "--input",
+        metavar="FILE",
+        help="sample: enlarge this picture, or the samples of an .npz file, by --stage (default the last one)",
+    )
     p.add_argument("--output", help="sample: the picture to write (default WORKDIR/samples.png)")
     p.add_argument("--overwrite", action="store_true", help="sample: replace the output")
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (diffax[log])")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffax import checkpoint, images, parallel, reporting, samplers, schedules, stages
+from diffax import checkpoint, conditioning, images, parallel, reporting, samplers, schedules, stages
 from diffax import config as configs
 from diffax.errors import UserError
 
@@ -69,13 +69,16 @@ class SampleFn:
         n: int | None = None,
         *,
         guidance: float | Sequence[float] | Mapping[str, Any] | None = None,
+        image: np.ndarray | None = None,
+        level: float | Sequence[float] | Mapping[str, Any] | None = None,
         steps: str | int | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
         keep: int = 0,
+        every_stage: bool = False,
         batch_size: int = 64,
         **cond: Any,
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray] | dict[str, np.ndarray]:
         """Samples pictures.
 
         Picture i depends on the key, i, the i-th conditions and the i-th guidance only, not on how many are made or on
@@ -86,10 +89,15 @@ class SampleFn:
           n: how many; by default as many as there are conditions, else 1.
           guidance: scale of the classifier's or of classifier-free guidance, one for all pictures or one each; see
             `diffax.guidance` for what 0 and 1 mean. {stage: scale} where stages differ. By default the config's.
+          image: what the first stage enlarges, if it takes 'low_res': [h, w, C] or [n, h, w, C], uint8 or floats in
+            [-1, 1], of any size that its network can halve often enough once enlarged.
+          level: noise on the smaller picture that a stage enlarges, as u in [0, 1], up to what it was trained with;
+            given like guidance. By default the config's.
           steps: another choice of steps than the config's, such as 50, 'ddim25' or 'logsnr10'.
           sampler: another sampler than the config's, a key of `samplers.SAMPLERS`.
           eta: of DDIM, if it is named here.
           keep: also return this many estimates of each picture on the way (DDPM's progressive generation).
+          every_stage: return {stage: pictures} of all stages.
           batch_size: pictures made at once.
           **cond: a value for every picture, or one for all: label, an integer or a list of them.
 
@@ -99,15 +107,18 @@ class SampleFn:
         Raises:
           UserError: a condition is missing, unknown or out of range; n, guidance, steps or sampler cannot be.
         """
-        n = self._count(n, cond, guidance)
-        cond, scales = self._conditions(cond, n), self._scales(guidance, n)
+        if image is not None:
+            cond["low_res"] = images.as_floats(image)
+        n = self._count(n, cond, guidance, level)
+        cond = self._conditions(cond, n)
+        numbers = {"guidance": self._scales(guidance, n), "level": self._levels(level, n)}
         if sampler is not None and sampler not in samplers.SAMPLERS:
             near = configs.closest(str(sampler), samplers.SAMPLERS)
             raise UserError(f"unknown sampler {sampler!r}{near}; sample_fn; use one of {', '.join(samplers.SAMPLERS)}")
-        if batch_size < 1 or keep < 0:
+        if batch_size < 1 or keep < 0 or (keep and every_stage):
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         try:
-            run = _compiled(self.stages, None if steps is None else str(steps), sampler, float(eta), keep)
+            run = _compiled(self.stages, None if steps is None else str(steps), sampler, float(eta), keep, every_stage)
         except ValueError as error:
             raise UserError(f"{error}; sample_fn(steps={steps!r})") from error
         key = jax.random.key(key) if isinstance(key, int | np.integer) else key
@@ -117,18 +128,34 @@ class SampleFn:
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
             # The last batch is filled up: one program serves all.
             index = np.minimum(np.arange(start, start + size), n - 1)
-            out = run(self.params, keys[index], *jax.tree.map(lambda v, i=index: v[i], (scales, cond)))
+            out = run(self.params, keys[index], *jax.tree.map(lambda v, i=index: v[i], (numbers, cond)))
             done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
 
-    def _count(self, n: int | None, cond: Mapping[str, Any], guidance: Any) -> int:
-        """How many pictures are asked for: n, or as many as there are conditions or scales."""
-        values = list(guidance.values()) if isinstance(guidance, Mapping) else [guidance]
-        lengths = [np.shape(v)[0] for v in values if np.ndim(v)]
+    def starting_at(self, name: str) -> "SampleFn":
+        """The same cascade from a later stage on, which then enlarges a given `image`.
+
+        Raises:
+          UserError: there is no such stage.
+        """
+        names = [s.name for s in self.stages]
+        if name not in names:
+            raise UserError(f"unknown stage {name!r}; sample_fn.starting_at; stages are {', '.join(names)}")
+        return dataclasses.replace(self, stages=self.stages[names.index(name) :])
+
+    def _count(self, n: int | None, cond: Mapping[str, Any], *numbers: Any) -> int:
+        """How many pictures are asked for: n, or as many as there are conditions, scales or levels."""
+        lengths = []
+        for given in numbers:
+            for value in given.values() if isinstance(given, Mapping) else [given]:
+                try:
+                    lengths += np.shape(value)[:1]
+                except ValueError:  # a ragged list; told in full by _numbers
+                    continue
         for name, value in cond.items():
             try:
                 lengths += np.shape(value)[:1] if np.ndim(value) > CONDITIONS.get(name, 0) else []
-            except ValueError:  # a ragged list; told in full by _conditions
+            except ValueError:  # told in full by _conditions
                 continue
         n = max(lengths, default=1) if n is None else n
         if n < 1:
@@ -154,37 +181,64 @@ class SampleFn:
             if wrong or array.ndim < CONDITIONS.get(name, 0):
                 raise UserError(f"condition {name} is {value!r}; sample_fn; pass one or a list of integers")
             arrays[name] = _one_each(name, array.astype(kind), n, CONDITIONS.get(name, 0))
+        if "low_res" in arrays:
+            self._check_image(arrays["low_res"])
         for v in np.ravel(arrays.get("label", [])):
             if not 0 <= v < self.num_classes:
                 raise UserError(f"label {v} is out of range; sample_fn; labels are 0 to {self.num_classes - 1}")
         return arrays
 
+    def _check_image(self, image: np.ndarray) -> None:
+        """Raises UserError if the first stage cannot enlarge pictures [n, h, w, C]."""
+        stage = self.stages[0]
+        factor, halvings = stage.low_res.factor, len(stage.net.unet.channel_mult) - 1
+        unit = 2**halvings // math.gcd(2**halvings, factor)
+        if image.shape[-1] != stage.shape[-1] or any(side % unit for side in image.shape[1:3]):
+            raise UserError(
+                f"image is {image.shape[1:]}; sample_fn; {stage.name} enlarges pictures of {stage.shape[-1]} channels "
+                f"whose sides are multiples of {unit}"
+            )
+        if not np.isfinite(image).all() or np.abs(image).max() > 1 + 1e-3:
+            raise UserError("image has values outside [-1, 1]; sample_fn; pass uint8, or floats in [-1, 1]")
+
     def _scales(self, guidance: Any, n: int) -> dict[str, np.ndarray]:
         """{guided stage: [n] float32}."""
-        guided = [s.name for s in self.stages if s.is_guided]
-        if guidance is None:
-            given = {}
-        elif isinstance(guidance, Mapping):
-            given = dict(guidance)
-        else:
-            given = dict.fromkeys(guided, guidance)
-        if guidance is not None and not guided:
-            raise UserError(
-                "this model has no guidance; sample_fn(guidance=...); set a stage's guidance to "
-                f"{' or '.join(stages.SCALED)} in the config"
-            )
-        scales = {s.name: np.full(n, s.scale, np.float32) for s in self.stages if s.is_guided}
-        for name, value in given.items():
-            if name not in guided:
-                raise UserError(f"no stage {name!r} is guided; sample_fn(guidance=...); it is {', '.join(guided)}")
-            try:
-                array = np.asarray(value, np.float32)
-            except (TypeError, ValueError):
-                array = np.float32(np.nan)
-            if not np.isfinite(array).all():
-                raise UserError(f"guidance is {value!r}; sample_fn; pass a number, or one for each picture")
-            scales[name] = _one_each("guidance", array, n, 0)
-        return scales
+        own = {s.name: s.scale for s in self.stages if s.is_guided}
+        there = f"a stage's guidance is {' or '.join(stages.SCALED)} in the config"
+        return _numbers("guidance", guidance, own, n, none=f"this model has no guidance; sample_fn; {there}")
+
+    def _levels(self, level: Any, n: int) -> dict[str, np.ndarray]:
+        """{stage that enlarges: [n] float32}."""
+        noised = {s.name: s.low_res for s in self.stages if s.low_res and s.low_res.noise and not s.low_res.truncated}
+        own = {name: c.level for name, c in noised.items()}
+        levels = _numbers("level", level, own, n, none="no stage takes a noised picture; sample_fn(level=...)")
+        for name, values in levels.items():
+            outside = [v for v in values if not 0 <= v <= noised[name].noise + 1e-6]
+            if outside:
+                highest = noised[name].noise
+                raise UserError(
+                    f"level is {outside[0]:g}; sample_fn; {name} was trained with levels from 0 to {highest:g}"
+                )
+        return levels
+
+
+def _numbers(what: str, given: Any, own: Mapping[str, float], n: int, *, none: str) -> dict[str, np.ndarray]:
+    """{stage: [n] float32}: `own` where nothing else is given, as one number, one each, or {stage: either}."""
+    if given is not None and not own:
+        raise UserError(none)
+    given = given if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(own, given)
+    numbers = {name: np.full(n, value, np.float32) for name, value in own.items()}
+    for name, value in given.items():
+        if name not in own:
+            raise UserError(f"no stage {name!r} takes {what}; sample_fn({what}=...); {', '.join(own)} does")
+        try:
+            array = np.asarray(value, np.float32)
+        except (TypeError, ValueError):
+            array = np.float32(np.nan)
+        if not np.isfinite(array).all():
+            raise UserError(f"{what} is {value!r}; sample_fn; pass a number, or one for each picture")
+        numbers[name] = _one_each(what, array, n, 0)
+    return numbers
 
 
 # Conditions that are arrays themselves, and their rank; the others are numbers.
@@ -199,21 +253,60 @@ def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(built: tuple[stages.Stage, ...], steps: str | None, sampler: str | None, eta: float, keep: int):
-    """The sampler over all devices, one for all parameters: (params, keys, scales, cond) -> pictures."""
+def _compiled(
+    built: tuple[stages.Stage, ...], steps: str | None, sampler: str | None, eta: float, keep: int, every_stage: bool
+):
+    """The sampler over all devices, one for all parameters: (params, keys, numbers, cond) -> pictures."""
     if steps is not None:
         built = tuple(
             dataclasses.replace(s, sampling=schedules.build_steps(s.schedule, s.train_steps, steps)) for s in built
         )
     if sampler is not None:
         built = tuple(dataclasses.replace(s, sampler=samplers.SAMPLERS[sampler](eta)) for s in built)
-    pure = stages.sample_fn(built, keep=keep)
+    pure = stages.sample_fn(built, keep=keep, every_stage=every_stage)
 
-    def run(params, keys, scales, cond):
-        out = pure(params, keys, guidance=scales, **cond)
+    def run(params, keys, numbers, cond):
+        out = pure(params, keys, **numbers, **cond)
         return (out[0], out[1].swapaxes(0, 1)) if keep else out
 
     return parallel.map_batch(run)
+
+
+def enlarge(
+    sample_fn: SampleFn, image: np.ndarray, *, seed: int = 0, tile: int = 0, batch_size: int = 16, **call: Any
+) -> np.ndarray:
+    """Enlarges one picture of any size, in overlapping tiles where it is large.
+
+    A tile is sampled with noise of its own, and neighbours are blended over a quarter of a tile, so that no seam shows.
+    The picture is extended by reflection to whole tiles.
+
+    Args:
+      sample_fn: its first stage enlarges.
+      image: [h, w, C], uint8 or floats in [-1, 1].
+      seed: of the noise.
+      tile: side of a tile of `image`; by default the size that the stage is made for.
+      batch_size: tiles at once.
+      **call: for `sample_fn`, such as label=3 or steps=50.
+
+    Returns:
+      [h * factor, w * factor, C] float32, over the factors of all stages.
+
+    Raises:
+      UserError: the first stage enlarges nothing, or `call` does not fit.
+    """
+    stage, image = sample_fn.stages[0], images.as_floats(image)
+    if stage.low_res is None:
+        raise UserError(f"{stage.name} enlarges no picture; enlarge; start at a stage that takes 'low_res'")
+    if image.ndim != 3:
+        raise UserError(f"image is {image.shape}; enlarge; pass one picture [h, w, C]")
+    tile = tile or min(stage.shape[:2]) // stage.low_res.factor
+    corners, padded = images.tile_corners(image.shape[:2], tile, overlap=tile // 4)
+    extended = images.pad_reflecting(image, padded)
+    cut = np.stack([extended[y : y + tile, x : x + tile] for y, x in corners])
+    made = sample_fn(seed, len(cut), image=cut, batch_size=min(batch_size, len(cut)), **call)
+    factor = made.shape[1] // tile
+    whole = images.blend_tiles(made, [(factor * y, factor * x) for y, x in corners], overlap=factor * (tile // 4))
+    return whole[: factor * image.shape[0], : factor * image.shape[1]]
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -337,9 +430,29 @@ def spread_labels(n: int, num_classes: int) -> np.ndarray:
 
 
 def sample_conditions(built: Sequence[stages.Stage], n: int) -> dict[str, np.ndarray]:
-    """Conditions for n pictures without a wish of their own: labels in turn."""
+    """Labels for n pictures without a wish of their own, in turn."""
     labelled = [s for s in built if "label" in s.reads]
     return {"label": spread_labels(n, labelled[0].num_classes)} if labelled else {}
+
+
+def smaller(image: np.ndarray, factor: int) -> np.ndarray:
+    """[N, H, W, C] -> [N, H / factor, W / factor, C], what a stage is trained to enlarge."""
+    return np.asarray(conditioning.area_downsample(np.asarray(image), factor))
+
+
+def draw_enlargements(path: str | os.PathLike[str], small: np.ndarray, made: np.ndarray, real=None) -> None:
+    """Writes a column for each picture: the small one, enlarged bicubically, by the model, and the real one if given.
+
+    Args:
+      path: the PNG.
+      small: [N, h, w, C] in [-1, 1]; made: [N, h * f, w * f, C]; real: like made, or None.
+    """
+    factor = made.shape[1] // small.shape[1]
+    rows = [small.repeat(factor, 1).repeat(factor, 2), images.bicubic(small, factor), made]
+    rows += [] if real is None else [real]
+    names = ["input", "bicubic", "diffax", "real"]
+    labels = [name if i == 0 else None for name in names[: len(rows)] for i in range(len(small))]
+    draw_grid(path, np.concatenate(rows), columns=len(small), labels=labels)
 
 
 def draw_grid(

@@ -208,6 +208,40 @@ def cosine_logsnr(logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> Schedu
     return schedule
 
 
+def continuous(betas: Sequence[float] | np.ndarray) -> Schedule:
+    """The levels of a chain joined to a continuous schedule, whose clock is the level itself (WaveGrad; SR3).
+
+    Between its values after i and i + 1 steps alpha runs straight, so u ~ U(0, 1) draws a step and then alpha evenly
+    between that step's two ends. The clock reads 1000 alpha and knows no step: sampling may use any other levels.
+
+    Args:
+      betas: [T], each in (0, 1).
+
+    Returns:
+      The schedule; u = 0 is clean data.
+
+    Raises:
+      ValueError: a beta lies outside (0, 1).
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not len(betas) or not np.all((betas > 0) & (betas < 1)):
+        raise ValueError("a continuous schedule needs betas in (0, 1); use more steps or a smaller beta_end")
+    # 1 - alpha keeps its digits near clean data, where alpha does not.
+    lost = np.concatenate([[0.0], -np.expm1(0.5 * np.cumsum(np.log1p(-betas)))])
+
+    def schedule(u: Array) -> NoiseLevel:
+        xp = np if isinstance(u, np.ndarray) else jnp
+        position = u * len(betas)
+        i = xp.clip(xp.floor(position).astype(xp.int32), 0, len(betas) - 1)
+        table = xp.asarray(lost, None if xp is np else jnp.float32)
+        d = table[i] + (position - i) * (table[i + 1] - table[i])
+        with np.errstate(divide="ignore"):
+            logsnr = 2 * xp.log1p(-d) - xp.log(d * (2 - d))
+        return NoiseLevel(time=1000 * (1 - d), logsnr=logsnr)
+
+    return schedule
+
+
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +265,8 @@ def transitions(schedule: Schedule, u: np.ndarray, *, end: NoiseLevel | None = N
     """
     u = np.asarray(u, np.float64)
     if u.ndim != 1 or not len(u) or np.any(np.diff(u) >= 0) or u[0] > 1 or u[-1] < 0:
-        raise ValueError(f"steps must go from noisy to clean: u strictly decreasing within [0, 1]; got {u}")
+        shown = np.array2string(u, threshold=6)
+        raise ValueError(f"steps must go from noisy to clean: u strictly decreasing within [0, 1]; got {shown}")
     t = schedule(u)
     last = NoiseLevel(time=np.float64(0), logsnr=np.float64(np.inf)) if end is None else end
     if t.logsnr[-1] >= last.logsnr:
@@ -266,6 +301,20 @@ def to_clean(t: NoiseLevel) -> Transition:
     shape = jnp.shape(t.logsnr)
     clean = NoiseLevel(time=jnp.zeros(shape), logsnr=jnp.full(shape, jnp.inf))
     return Transition(t=t, s=clean, min_logvar=jnp.zeros(shape), max_logvar=jnp.zeros(shape))
+
+
+def until(steps: Transition, logsnr: float) -> Transition:
+    """The first of `steps`, as long as they end no cleaner than at `logsnr` (CDM, section 3.1: truncated sampling).
+
+    Raises:
+      ValueError: already the first one ends cleaner.
+    """
+    count = int(np.sum(np.asarray(steps.s.logsnr) <= logsnr + 1e-4))
+    if not count:
+        raise ValueError(
+            f"sampling cannot stop at log-SNR {logsnr:.4g}, before its first step; stop at a cleaner level"
+        )
+    return steps[:count]
 
 
 def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> np.ndarray:
@@ -370,13 +419,15 @@ def respaced(schedule: Schedule, steps: int, sections: str | int | Sequence[int]
 def continuous_steps(schedule: Schedule, choice: str | int) -> Transition:
     """The transitions that sampling of a continuous schedule walks, from u = 1 to u = 0 and from there to clean data.
 
+    Where u = 0 is clean data itself, the last of them starts at the level before.
+
     Args:
       schedule: a schedule of all u in [0, 1].
       choice: 'N' levels evenly spaced in u (classifier-free guidance, algorithm 2); 'quadN': u quadratic, more near the
         data; 'logsnrN': evenly spaced in log-SNR.
 
     Returns:
-      A table of N transitions; the last one starts at u = 0.
+      A table of N transitions.
 
     Raises:
       ValueError: the choice is none of these.
@@ -385,15 +436,19 @@ def continuous_steps(schedule: Schedule, choice: str | int) -> Transition:
     if grid == "trailing" or not grid and not re.fullmatch("[1-9][0-9]{0,6}", str(choice)):
         raise ValueError(f"steps must be {CONTINUOUS_STEPS} for a continuous schedule; got {choice!r}")
     count = count or int(choice)
-    even = np.linspace(1, 0, count) if count > 1 else np.ones(1)
+    ends_clean = bool(np.isposinf(schedule(np.zeros(1)).logsnr[0]))
+    even = np.linspace(1, 0, count + ends_clean)[:count] if count > 1 else np.ones(1)
     if grid == "logsnr" and count > 1:
-        even = _at_even_logsnr(schedule, np.linspace(0, 1, 100_001), count)[::-1]
+        fine = (1 - np.cos(np.pi * np.linspace(0, 1, 10_001))) / 2  # log-SNR is steep at both ends
+        even = _at_even_logsnr(schedule, fine[ends_clean:], count)[::-1]
     return transitions(schedule, even**2 if grid == "quad" else even)
 
 
 def _at_even_logsnr(schedule: Schedule, u: np.ndarray, count: int) -> np.ndarray:
     """`count` values of u, increasing, from u[0] to u[-1], whose log-SNRs are evenly spaced."""
     logsnr = schedule(u).logsnr
+    if not np.isfinite(logsnr).all():
+        raise ValueError("evenly spaced log-SNRs need a schedule that keeps some signal at its noisiest level")
     wanted = np.linspace(logsnr[-1], logsnr[0], count) if count > 1 else logsnr[-1:]
     return np.interp(wanted, logsnr[::-1], u[::-1])[::-1]
 
@@ -412,6 +467,8 @@ def build(config: Mapping[str, Any]) -> tuple[Schedule, int]:
     if config["name"] not in BETAS:
         raise ValueError(f"unknown schedule.name {config['name']!r}; use one of {', '.join(sorted(BETAS))}")
     betas = BETAS[config["name"]](config["steps"], config["beta_start"], config["beta_end"])
+    if config["continuous"]:
+        return continuous(betas), 0
     return discrete(betas, rescale_time=config["rescale_time"]), config["steps"]
 
 

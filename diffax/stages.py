@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffax import conditioning, guidance, losses, models, samplers, schedules, timesteps
 from diffax import config as configs
@@ -49,6 +50,29 @@ class NoisedClassifier:
         return ("label",)
 
 
+class LowRes(NamedTuple):
+    """How a stage meets the smaller picture that it enlarges (CDM, section 3).
+
+    Attributes:
+      factor: how much smaller it is.
+      noise: strongest Gaussian noise on it in training, as u of the stage's schedule; 0: none.
+      level: the noise on it in sampling, as u.
+      truncated: whether the stage before stops at that level in place of being noised to it.
+      blur: share of the training examples in which it is blurred; blur_sigma: range of the standard deviation, pixels.
+      round: whether it is rounded to bytes, as files hold it.
+      crop: side of the random window that training cuts from picture and smaller picture; 0: the whole.
+    """
+
+    factor: int
+    noise: float
+    level: float
+    truncated: bool
+    blur: float
+    blur_sigma: tuple[float, float]
+    round: bool
+    crop: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """One diffusion model, every choice made.
@@ -56,7 +80,8 @@ class Stage:
     Attributes:
       name: the config's section.
       shape: (H, W, C) of what it makes.
-      takes: conditions that its network reads, such as ('label',).
+      takes: conditions that its network reads, such as ('label', 'low_res').
+      low_res: how it meets 'low_res', if it takes that.
       num_classes: number of labels that it, or the classifier that guides it, knows.
       net: the network.
       schedule: noise level as a function of u.
@@ -77,6 +102,7 @@ class Stage:
     name: str
     shape: tuple[int, int, int]
     takes: tuple[str, ...]
+    low_res: LowRes | None
     num_classes: int
     net: models.Network
     schedule: Schedule
@@ -167,10 +193,12 @@ def build_stage(config: Mapping, name: str) -> Stage:
     schedule, train_steps = schedules.build(c["schedule"])
     learned = c["variance"] in ("learned", "learned_range")
     shape = tuple(c["shape"])
+    settings = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(c["low_res"]).items()}
+    low_res = LowRes(**{k: settings[k] for k in LowRes._fields}) if "low_res" in c["takes"] else None
     net = models.build(
         c["net"],
         shape=shape,
-        takes=tuple(c["takes"]),
+        takes=(*c["takes"], *(["low_res_time"] if low_res and low_res.noise else [])),
         num_classes=c["num_classes"],
         out_channels=shape[-1] * (1 + learned),
         null_label=c["drop"] > 0,
@@ -184,6 +212,7 @@ def build_stage(config: Mapping, name: str) -> Stage:
         name=name,
         shape=shape,
         takes=tuple(c["takes"]),
+        low_res=low_res,
         num_classes=c["num_classes"] or (classifier.num_classes if classifier else 0),
         net=net,
         schedule=schedule,
@@ -221,7 +250,7 @@ def denoiser(stage: Stage, params: Params) -> guidance.Denoiser:
     """The stage's denoiser without guidance; it opens only the conditions that its network takes."""
 
     def denoise(z: Array, step: Transition, **cond: Array):
-        out = stage.net.apply({"params": params}, z, step.t.time, {k: cond[k] for k in stage.takes})
+        out = stage.net.apply({"params": params}, z, step.t.time, {k: cond[k] for k, _ in stage.net.conditioners})
         return predict(out, z, step, predicts=stage.predicts, variance=stage.variance)
 
     return denoise
@@ -288,6 +317,31 @@ def _by_quarter(terms: Mapping[str, Array], u: Array) -> dict[str, tuple[Array, 
     return metrics
 
 
+def _worsened(low_res: Array, keys: Array, stage: Stage) -> dict[str, Array]:
+    """The conditions that training makes of a smaller picture: conditioning augmentation (CDM, section 3)."""
+    c, keys = stage.low_res, _split(keys, ("blur", "level", "noise"))
+    if c.round:
+        low_res = conditioning.round_to_bytes(low_res)
+    if c.blur:
+        low, high = c.blur_sigma
+        low_res = conditioning.random_blur(low_res, keys["blur"], share=c.blur, low=low, high=high)
+    if not c.noise:
+        return {"low_res": low_res}
+    # From 0, no noise, to the strongest, both included, in steps of the chain if it has any.
+    level = stage.schedule(c.noise * jax.vmap(jax.random.uniform)(keys["level"]))
+    return {"low_res": conditioning.noise_to(low_res, level, keys["noise"]), "low_res_time": level.time}
+
+
+def _as_sampled(low_res: Array, stage: Stage, level: NoiseLevel, keys: Array | None) -> dict[str, Array]:
+    """The conditions that sampling makes of a smaller picture at a level [B]; without keys it is noised already."""
+    noised = keys is None
+    if stage.low_res.round and not noised:
+        low_res = conditioning.round_to_bytes(low_res)
+    if not stage.low_res.noise:
+        return {"low_res": low_res}
+    return {"low_res": low_res if noised else conditioning.noise_to(low_res, level, keys), "low_res_time": level.time}
+
+
 def diffusion_objective(stage: Stage) -> Objective:
     """The training objective of a diffusion stage (DDPM algorithm 1; Improved DDPM section 3).
 
@@ -304,11 +358,15 @@ def diffusion_objective(stage: Stage) -> Objective:
         return jax.tree.map(lambda a: jnp.asarray(a)[index], steps)
 
     def loss(params, extra, batch, keys, position, total):
-        keys = _split(keys, ("noise", "timestep", "dropout", "drop"))
+        keys = _split(keys, ("noise", "timestep", "dropout", "drop", "crop", "low_res"))
         u, weight = stage.timesteps.draw(extra, keys["timestep"], position, total)
-        x = batch["image"].astype(jnp.float32)
-        noised = losses.noised(x, _normal(keys["noise"], stage.shape), steps_at(u))
-        cond = {k: batch[k] for k in stage.takes}
+        x, cond = batch["image"].astype(jnp.float32), {k: batch[k] for k in stage.takes if k != "low_res"}
+        if c := stage.low_res:
+            low_res = batch["low_res"] if "low_res" in batch else conditioning.area_downsample(x, c.factor)
+            if c.crop:
+                x, low_res = conditioning.crop_together(x, low_res, keys["crop"], side=c.crop)
+            cond |= _worsened(low_res, keys["low_res"], stage)
+        noised = losses.noised(x, _normal(keys["noise"], x.shape[1:]), steps_at(u))
         if stage.null:
             cond = conditioning.drop(cond, keys["drop"], rate=stage.drop, null=stage.null)
         out = stage.net.apply({"params": params}, noised.z, noised.step.t.time, cond, dropout_keys=keys["dropout"])
@@ -370,50 +428,89 @@ def classifier_objective(classifier: NoisedClassifier) -> Objective:
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
-def sample_fn(stages: Sequence[Stage], *, keep: int = 0) -> Callable[..., Array]:
+def sample_fn(stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = False) -> Callable[..., Array]:
     """The pure sampler of a list of stages, ready for `jax.jit` and `jax.export`.
 
     Args:
       stages: in order; each one's picture is the next one's `low_res`.
       keep: also return this many estimates of x on the way of the last stage (see `samplers.sample`).
+      every_stage: return what every stage made, {stage: pictures}, in place of the last one's.
 
     Returns:
-      (params {section: params}, keys [B], *, guidance=None, **cond) -> [B, H, W, C] float32, in [-1, 1] if guidance
-      clips. `guidance` is {stage: scale}, a scalar or [B]; a guided stage that it does not name takes its own scale.
-      Picture i depends on keys[i], the i-th conditions and the i-th scale only.
+      (params {section: params}, keys [B], *, guidance=None, level=None, **cond) -> [B, H, W, C] float32, in [-1, 1] if
+      guidance clips. `guidance` is {stage: scale} and `level` {stage: noise level u of its smaller picture}, scalars
+      or [B]; stages that they do not name take their own. A first stage that takes `low_res` [B, h, w, C] makes
+      pictures of `factor` times its size. Picture i depends on keys[i] and the i-th conditions, scale and level only.
     """
 
     def sample(
-        params: Mapping[str, Params], keys: Array, *, guidance: Mapping[str, Array] | None = None, **cond: Array
+        params: Mapping[str, Params],
+        keys: Array,
+        *,
+        guidance: Mapping[str, Array] | None = None,
+        level: Mapping[str, Array] | None = None,
+        **cond: Array,
     ) -> Array:
+        made, reached = {}, None
         for number, stage in enumerate(stages):
-            stage_keys = jax.vmap(lambda k, n=number: jax.random.fold_in(k, n))(keys)
-            noise = samplers.picture_noise(stage_keys, stage.shape)
+            stage_keys = _fold_in(keys, number)
+            given, shape, steps = {k: cond[k] for k in stage.reads}, stage.shape, stage.sampling
+            if c := stage.low_res:
+                u = jnp.broadcast_to(jnp.asarray((level or {}).get(stage.name, c.level), jnp.float32), keys.shape)
+                at, noise_keys = stage.schedule(u), _fold_in(stage_keys, -2)  # a number that no step has
+                if reached is not None:
+                    at, noise_keys = jax.tree.map(lambda a: jnp.broadcast_to(a, keys.shape), reached), None
+                given |= _as_sampled(given["low_res"], stage, at, noise_keys)
+                shape = (*(c.factor * side for side in given["low_res"].shape[1:3]), stage.shape[-1])
+            reached = None
+            if stop := _truncated_at(stages[number + 1 : number + 2]):
+                steps = schedules.until(steps, stop)
+                reached = jax.tree.map(lambda a: a[-1], steps.s)
+            noise = samplers.picture_noise(stage_keys, shape)
             last = stage is stages[-1]
             out = samplers.sample(
                 guided_denoiser(stage, params, (guidance or {}).get(stage.name, stage.scale)),
-                noise(jnp.int32(-1)),  # number -1, which no step has
+                noise(jnp.int32(-1)),  # nor has this
                 noise,
-                stage.sampling,
+                steps,
                 stage.sampler,
                 keep=keep if last else 0,
-                **{k: cond[k] for k in stage.reads},
+                **given,
             )
-            cond["low_res"] = out[0] if keep and last else out
-        return out
+            made[stage.name] = cond["low_res"] = out[0] if keep and last else out
+        return made if every_stage else out
 
     return sample
+
+
+def _fold_in(keys: Array, number: int) -> Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def _truncated_at(after: Sequence[Stage]) -> float | None:
+    """The log-SNR at which sampling stops because the stage after it wants noise; None: at clean data."""
+    for stage in after:
+        if stage.low_res and stage.low_res.truncated and stage.low_res.level:
+            return float(stage.schedule(np.array([stage.low_res.level])).logsnr[0])
+    return None
 
 
 def bits_per_dim_fn(stage: Stage) -> Callable[..., losses.BitsPerDim]:
     """(params, image [B, H, W, C], keys [B], **cond) -> the variational bound along the stage's sampling steps.
 
-    The bound is the model's own: guidance that has a scale is left out.
+    The bound is the model's own: guidance that has a scale is left out. A stage that enlarges sees the image's own
+    smaller version, at its level.
     """
 
     def evaluate(params: Params, image: Array, keys: Array, **cond: Array) -> losses.BitsPerDim:
         denoise = guided_denoiser(stage, {stage.name: params})
         noise = samplers.picture_noise(keys, stage.shape)
+        if c := stage.low_res:
+            low_res, level = (
+                conditioning.area_downsample(image, c.factor),
+                stage.schedule(jnp.full(keys.shape, c.level)),
+            )
+            cond |= _as_sampled(low_res, stage, level, _fold_in(keys, -2))
         return losses.bits_per_dim(denoise, image, noise, stage.sampling, **cond)
 
     return evaluate

@@ -1,7 +1,9 @@
 """Configs: each builds, validates and survives JSON; every mistake is one line naming the field."""
 
+import functools
 import json
 import math
+import pathlib
 import textwrap
 
 import jax
@@ -12,7 +14,25 @@ from diffax import config as configs
 from diffax.config import STAGE, TOP, Field
 from diffax.errors import UserError
 
+# A config, and after a space its section where that is not `base`: the parameters of the published network.
 PUBLISHED = {
+    "adm_classifier_64 classifier": 65_438_568,
+    "adm_classifier_128 classifier": 42_568_040,
+    "adm_classifier_256 classifier": 54_096_360,
+    "adm_classifier_512 classifier": 54_448_360,
+    "adm_imagenet_64": 295_904_454,
+    "adm_imagenet_64 classifier": 65_438_568,
+    "adm_imagenet_128": 421_529_606,
+    "adm_imagenet_256": 553_838_086,
+    "adm_imagenet_256_uncond": 552_814_086,
+    "adm_imagenet_512": 558_997_638,
+    "adm_lsun_bedroom": 552_814_086,
+    "adm_lsun_cat": 552_814_086,
+    "adm_lsun_horse": 552_814_086,
+    "adm_lsun_horse:nodropout": 552_814_086,
+    # The authors published none: ADM's network with 3 channels out and one more row of labels.
+    "cfg_imagenet_64": 295_900_035,
+    "cfg_imagenet_128": 421_523_715,
     "ddpm_cifar10": 35_746_307,
     "ddpm_lsun_256:bedroom": 113_673_219,
     "ddpm_lsun_256:cat": 113_673_219,
@@ -24,6 +44,19 @@ PUBLISHED = {
     "iddpm_imagenet_64:vlb": 121_063_942,
     "iddpm_imagenet_64:cond": 273_049_350,
 }
+# A config and section as above: the published model whose options are on file.
+ON_FILE = {
+    **{f"adm_classifier_{size} classifier": f"{size}x{size}_classifier" for size in (64, 128, 256, 512)},
+    **{f"adm_imagenet_{size}": f"{size}x{size}_diffusion" for size in (64, 128, 256, 512)},
+    **{f"adm_imagenet_{size} classifier": f"{size}x{size}_classifier" for size in (64, 128, 256, 512)},
+    "adm_imagenet_256_uncond": "256x256_diffusion_uncond",
+    "adm_imagenet_256_uncond classifier": "256x256_classifier",
+    "adm_lsun_bedroom": "lsun_bedroom",
+    "adm_lsun_cat": "lsun_cat",
+    "adm_lsun_horse": "lsun_horse",
+    "adm_lsun_horse:nodropout": "lsun_horse_nodropout",
+}
+MANIFEST = pathlib.Path(__file__).parent / "golden" / "manifest_full_size.json"
 SPECS = [
     f"{name}:{variant}" if variant else name
     for name, (_, variants) in configs.available().items()
@@ -60,6 +93,12 @@ def get(config: ConfigDict, path: str):
     return config
 
 
+def section_of(key: str) -> tuple[ConfigDict, str]:
+    """'SPEC' or 'SPEC SECTION' -> the config and the name of the section."""
+    spec, _, section = key.partition(" ")
+    return configs.load(spec), section or "base"
+
+
 def defaults() -> ConfigDict:
     return configs.config_defaults("test")
 
@@ -81,7 +120,7 @@ def test_config_is_valid_and_survives_json(spec):
 
 def test_every_config_describes_itself():
     found = configs.available()
-    assert {"quickstart", *(name.split(":")[0] for name in PUBLISHED)} == set(found)
+    assert {"quickstart", *(key.split()[0].split(":")[0] for key in PUBLISHED)} == set(found)
     for name, (summary, variants) in found.items():
         assert summary and "tiny" in variants, name
         assert configs.load(name).name.startswith(name)
@@ -90,30 +129,62 @@ def test_every_config_describes_itself():
 @pytest.mark.parametrize("spec", [s for s in SPECS if "tiny" in s])
 def test_tiny_keeps_the_method(spec):
     tiny, full = configs.load(spec), configs.load(spec.replace("tiny", "").strip(",").rstrip(":,"))
-    for path in ("predicts", "variance", "timesteps", "sampler"):
-        assert tiny.base[path] == full.base[path]
-    for path in ("loss", "schedule"):
-        assert tiny.base[path].name == full.base[path].name
-    assert tiny.base.data.name in configs.EMBEDDED
-    assert math.prod(tiny.base.shape) <= 16 * 16 * 3 and tiny.base.net.channels <= 32
+    assert configs.trained_sections(tiny) == configs.trained_sections(full)
+    for name in configs.trained_sections(full):
+        small, large = tiny[name], full[name]
+        for path in ("predicts", "variance", "timesteps", "sampler", "drop", "guidance", "classifier"):
+            assert small[path] == large[path]
+        for path in ("loss", "schedule", "net"):
+            assert small[path].name == large[path].name
+        for path in ("pool", "scale_shift", "resample"):
+            assert small.net[path] == large.net[path]
+        for path in ("optimizer", "weight_decay"):
+            assert small.train[path] == large.train[path]
+        assert set(small.takes) >= set(large.takes) and (small.num_classes > 0) >= (large.num_classes > 0)
+        assert small.data.name in configs.EMBEDDED
+        assert math.prod(small.shape) <= 16 * 16 * 3 and small.net.channels <= 32
 
 
-@pytest.mark.parametrize("spec, count", PUBLISHED.items())
-def test_parameters_are_as_many_as_published(spec, count):
+@functools.cache  # several configs have one network, and tracing it takes seconds
+def parameters(net, shape: tuple[int, int, int]) -> int:
     from diffax import models
 
-    stage = configs.load(spec).base
-    learned = str(stage.variance).startswith("learned")
-    network = models.build(
-        stage.net.to_dict(),
-        shape=stage.shape,
-        takes=stage.takes,
-        num_classes=stage.num_classes,
-        out_channels=stage.shape[-1] * (1 + learned),
-    )
-    inputs = models.example_inputs(network, stage.shape)
-    params = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
+    params = jax.eval_shape(net.init, jax.random.key(0), *models.example_inputs(net, shape))["params"]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("key, count", PUBLISHED.items())
+def test_parameters_are_as_many_as_published(key, count):
+    from diffax import stages
+
+    config, section = section_of(key)
+    model = stages.build(configs.to_dict(config), section)
+    assert parameters(model.net, model.shape) == count
+
+
+@pytest.mark.skipif(not MANIFEST.exists(), reason="no manifest_full_size.json in the golden folder")
+@pytest.mark.parametrize("key, model", ON_FILE.items())
+def test_networks_have_the_published_options(key, model):
+    """Heads and dropout, which no count of parameters shows, and how the model is noised."""
+    from diffax.convert import openai
+
+    config, name = section_of(key)
+    section = configs.to_dict(config)[name]
+    entry = json.loads(MANIFEST.read_text())["models"][f"guided-diffusion/{model}"]
+    args, size = entry["args"], section["shape"][0]
+    published = openai.net_config(entry["constructor"], model=entry["class"], image_size=size)
+    assert tuple(section["shape"]) == published.shape
+    passed_over = ["remat", *(["heads", "heads_up"] if published.net["head_channels"] else [])]
+    for field, value in published.net.items():
+        if field not in passed_over:
+            found = section["net"][field]
+            assert (tuple(found) if isinstance(found, list) else found) == value, field
+    if "noise_schedule" in args:
+        assert section["schedule"]["name"] == args["noise_schedule"]
+        assert section["schedule"]["steps"] == args["diffusion_steps"] == 1000
+        assert section["schedule"]["rescale_time"] == args["rescale_timesteps"]
+        assert (section["variance"] == "learned_range") == args["learn_sigma"]
+        assert section["num_classes"] == (1000 if args["class_cond"] else 0)
 
 
 def test_hyper_parameters_of_the_papers():
@@ -131,8 +202,86 @@ def test_hyper_parameters_of_the_papers():
         assert stage.train.clip == 0 and stage.train.warmup_steps == 0 and not stage.data.flip
 
 
+@pytest.mark.parametrize(
+    "spec, scale, steps, batch, rate, classifier",
+    [
+        ("adm_imagenet_64", 1.0, 540_000, 2048, 3e-4, "adm_classifier_64"),
+        ("adm_imagenet_128", 0.5, 4_360_000, 256, 1e-4, "adm_classifier_128"),
+        ("adm_imagenet_256", 1.0, 1_980_000, 256, 1e-4, "adm_classifier_256"),
+        ("adm_imagenet_256_uncond", 10.0, 2_000_000, 256, 1e-4, "adm_classifier_256"),
+        ("adm_imagenet_512", 4.0, 1_940_000, 256, 1e-4, "adm_classifier_512"),
+        ("adm_lsun_bedroom", None, 500_000, 256, 1e-4, ""),
+        ("adm_lsun_cat", None, 200_000, 256, 1e-4, ""),
+        ("adm_lsun_horse", None, 250_000, 256, 1e-4, ""),
+        ("adm_lsun_horse:nodropout", None, 250_000, 256, 1e-4, ""),
+    ],
+)
+def test_recipes_of_adm(spec, scale, steps, batch, rate, classifier):
+    config = configs.load(spec)
+    stage, train = config.base, config.base.train
+    assert (train.steps, train.batch_size, train.learning_rate, train.ema) == (steps, batch, rate, (0.9999,))
+    assert (train.optimizer, train.weight_decay, train.clip) == ("adamw", 0, 0)
+    assert (train.warmup_steps, train.anneal) == (0, "none")
+    assert (stage.loss.name, stage.loss.weight, stage.data.flip) == ("hybrid", stage.schedule.steps / 1000, True)
+    if classifier:
+        assert stage.guidance == ("clip_denoised", "classifier") and stage.guidance_scale == scale
+        assert stage.steps == "250" and config.stages == ("classifier", "base")
+        assert config.classifier == configs.load(classifier).classifier
+    else:
+        assert stage.guidance == ("clip_denoised",) and stage.steps == "" and config.stages == ("base",)
+
+
+@pytest.mark.parametrize(
+    "size, depth, steps, batch, rate, decay",
+    [
+        (64, 4, 300_000, 1024, 6e-4, 0.2),
+        (128, 2, 300_000, 256, 3e-4, 0.05),
+        (256, 2, 500_000, 256, 3e-4, 0.05),
+        (512, 2, 500_000, 256, 3e-4, 0.05),
+    ],
+)
+def test_recipes_of_adms_classifiers(size, depth, steps, batch, rate, decay):
+    config = configs.load(f"adm_classifier_{size}")
+    section, train = config.classifier, config.classifier.train
+    assert config.stages == ("classifier",) and "base" not in config
+    assert (train.steps, train.batch_size, train.learning_rate, train.weight_decay) == (steps, batch, rate, decay)
+    assert (train.optimizer, train.anneal, train.ema) == ("adamw", "linear", ())
+    assert (train.clip, train.warmup_steps, section.net.num_res_blocks) == (0, 0, depth)
+    assert section.data.flip and section.data.crop == "random"
+    assert section.schedule == configs.load(f"adm_imagenet_{size}").base.schedule
+
+
+@pytest.mark.parametrize(
+    "spec, variance, drop, steps, batch",
+    [
+        ("cfg_imagenet_64", 0.3, 0.1, 400_000, 2048),
+        ("cfg_imagenet_64:p20", 0.3, 0.2, 400_000, 2048),
+        ("cfg_imagenet_64:p50", 0.3, 0.5, 400_000, 2048),
+        ("cfg_imagenet_128", 0.2, 0.1, 2_700_000, 256),
+    ],
+)
+def test_recipes_of_classifier_free_guidance(spec, variance, drop, steps, batch):
+    stage = configs.load(spec).base
+    adm = configs.load(spec.split(":")[0].replace("cfg", "adm")).base
+    assert (stage.variance, stage.drop, stage.steps) == (variance, drop, "256")
+    assert (stage.schedule.logsnr_min, stage.schedule.logsnr_max) == (-20, 20)
+    # Limits come after guidance, which leaves the range of pictures.
+    assert stage.guidance == ("classifier_free", "clip_denoised")
+    assert stage.net == adm.net and stage.train.learning_rate == adm.train.learning_rate
+    assert (stage.train.steps, stage.train.batch_size) == (steps, batch)
+
+
+@pytest.mark.parametrize("spec", ["adm_imagenet_128:tiny", "adm_classifier_128:tiny", "cfg_imagenet_128:tiny"])
+def test_tiny_at_128_has_one_shape_to_a_picture(spec):
+    config = configs.load(spec)
+    for name in configs.trained_sections(config):
+        assert config[name].data.name == "shapes" and config[name].data.single and config[name].num_classes == 6
+    if "base" in config:
+        assert config.eval.judge == "network"
+
+
 def test_choices_are_those_of_the_modules():
-    from diffax import data, losses, models, parallel, samplers, schedules, stages, timesteps
+    from diffax import data, judges, losses, models, parallel, samplers, schedules, stages, timesteps
 
     for path, there in {
         "guidance": stages.GUIDANCE,
@@ -144,6 +293,9 @@ def test_choices_are_those_of_the_modules():
         "parallel": parallel.MODES,
     }.items():
         assert set((STAGE | TOP)[path].choices) == set(there), path
+    assert set(TOP["eval.judge"].choices) == set(judges.JUDGES)
+    assert set(TOP["eval.samplers"].choices) == set(samplers.SAMPLERS)
+    assert set(configs.SCALED) == set(stages.SCALED) < set(stages.GUIDANCE)
     for path, field in STAGE.items():
         if path.startswith("net."):
             for choice in field.choices:
@@ -255,6 +407,11 @@ def test_broken_file(tmp_path, source, words):
         ("config.base.variance=learned_range", "learned_range"),
         ("config.base.variance=0.3", 0.3),
         ("config.base.train.ema=0.999,0.9999", (0.999, 0.9999)),
+        ("config.base.guidance=classifier_free,clip_denoised", ("classifier_free", "clip_denoised")),
+        ("config.eval.guidance=0,1.5,8", (0, 1.5, 8)),
+        ("config.eval.guidance=none", ()),
+        ("config.eval.samplers=ddpm,ddim", ("ddpm", "ddim")),
+        ("config.eval.steps=quad10,logsnr10", ("quad10", "logsnr10")),
     ],
 )
 def test_override(override, value):
@@ -436,6 +593,10 @@ def test_unknown_section(path):
 # ---- validation: fields that must go together ----------------------------------------------------
 
 
+LABELLED = {"base.takes": ("label",), "base.num_classes": 10}
+CLASSIFIER = {"base.net.name": "classifier", "base.num_classes": 10}
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -473,6 +634,38 @@ def test_unknown_section(path):
         ({"base.steps": "2.5"}, ["config.base.steps"]),
         ({"base.steps": "fast"}, ["config.base.steps", "'ddimN'"]),
         ({"eval.steps": ("50", "dim50")}, ["config.eval.steps", "dim50"]),
+        ({"base.steps": "trailing1001"}, ["config.base.steps", "trailing1001", "1000"]),
+        ({"base.steps": "trailing"}, ["config.base.steps", "'trailing'", "'trailingN'"]),
+        ({"base.steps": "quad0"}, ["config.base.steps", "quad0", "'quadN'"]),
+        ({"base.steps": "quad1001"}, ["config.base.steps", "quad1001", "1000"]),
+        ({"base.steps": "logsnr"}, ["config.base.steps", "'logsnr'", "'logsnrN'"]),
+        ({"base.steps": "logsnr1001"}, ["config.base.steps", "logsnr1001", "1000"]),
+        ({"eval.steps": ("quad10", "quad-10")}, ["config.eval.steps", "quad-10"]),
+        ({"eval.samplers": ("ddpm", "euler")}, ["config.eval.samplers", "dpm_solver_pp_2m", "euler"]),
+        ({"eval.samplers": ("ddmp",)}, ["config.eval.samplers", "did you mean ddpm"]),
+        ({"eval.guidance": (1.0, math.nan)}, ["config.eval.guidance", "a number", "nan"]),
+        ({"eval.judge": "inception"}, ["config.eval.judge", "'svc', 'network'"]),
+        ({"base.data.name": "digits", "base.data.single": True}, ["config.base.data.single", "shapes", "digits"]),
+        ({"base.drop": 0.1}, ["config.base.drop", "config.base.takes", "'label'"]),
+        ({"base.drop": 1.0}, ["config.base.drop", "[0, 1)"]),
+        ({"base.guidance": ("classifier_free",)}, ["config.base.guidance", "config.base.drop"]),
+        (LABELLED | {"base.guidance": ("classifier_free",)}, ["config.base.guidance", "config.base.drop"]),
+        (LABELLED | {"base.drop": 0.1, "base.guidance": configs.SCALED}, ["config.base.guidance", "choose one"]),
+        ({"base.guidance": ("classifier",)}, ["config.base.classifier", "config.base.guidance"]),
+        ({"base.classifier": "classifier"}, ["config.base.classifier", "config.base.guidance"]),
+        (
+            {"base.guidance": ("classifier",), "base.classifier": "other"},
+            ["config.base.classifier", "'other'", "net.name is 'classifier'"],
+        ),
+        ({"base.guidance": ("classifier",), "base.classifier": "base"}, ["config.base.classifier", "'base'"]),
+        ({"base.net.name": "classifier"}, ["config.base.num_classes", "classifier"]),
+        (CLASSIFIER | {"base.takes": ("label",)}, ["config.base.takes", "classifier"]),
+        (
+            CLASSIFIER | {"base.timesteps.name": "loss_second_moment"},
+            ["config.base.timesteps.name", "loss_second_moment"],
+        ),
+        (CLASSIFIER | {"base.net.pool": "max"}, ["config.base.net.pool", "'attention'"]),
+        (CLASSIFIER | {"base.shape": (36, 36, 3)}, ["config.base.shape", "divisible by 8"]),
         ({"base.train.weight_decay": 0.1}, ["config.base.train.weight_decay", "adamw"]),
         ({"base.train.ema": (0.9, 0.9)}, ["config.base.train.ema", "different"]),
         ({"name": ""}, ["config.name"]),
@@ -506,6 +699,10 @@ CONTINUOUS = {"base.schedule.name": "cosine_logsnr", "base.steps": "100"}
         ({"base.steps": "0"}, "steps"),
         ({"base.steps": "10,20"}, "steps"),
         ({"base.steps": "ddim50"}, "steps"),
+        ({"base.steps": "trailing10"}, "steps"),
+        ({"base.steps": "fast27"}, "steps"),
+        ({"base.steps": "quad0"}, "steps"),
+        ({"base.steps": "logsnr"}, "steps"),
         ({"base.schedule.logsnr_max": -20.0}, "schedule.logsnr_min"),
     ],
 )
@@ -521,6 +718,10 @@ def test_what_needs_a_discrete_schedule(changes, field):
     [
         CONTINUOUS,
         CONTINUOUS | {"base.variance": 0.3, "base.predicts": "v", "base.steps": "4096"},
+        CONTINUOUS | {"base.steps": "quad10", "eval.steps": ("100", "quad10", "logsnr10")},
+        CONTINUOUS | {"base.steps": "logsnr10"},
+        CONTINUOUS | LABELLED | {"base.drop": 0.1, "base.guidance": ("classifier_free", "clip_denoised")},
+        CONTINUOUS | CLASSIFIER,
         {"base.variance": "learned_range", "base.loss.name": "hybrid"},
         {"base.variance": "learned", "base.loss.name": "vlb"},
         {"base.variance": "learned", "base.loss.name": "hybrid", "base.predicts": "previous_x"},
@@ -528,6 +729,15 @@ def test_what_needs_a_discrete_schedule(changes, field):
         {"base.steps": "90,60,60,20,20"},
         {"base.steps": "ddim50", "base.sampler.name": "ddim", "base.sampler.eta": 1.0},
         {"base.steps": "fast27"},
+        {"base.steps": "trailing10", "eval.steps": ("trailing1000", "quad10", "quad1000", "logsnr10", "logsnr1000")},
+        {"base.steps": "quad10"},
+        {"base.steps": "logsnr10"},
+        {"eval.samplers": configs.SAMPLERS, "eval.guidance": (0, 1.5, -1.0), "eval.judge": "network"},
+        LABELLED | {"base.drop": 0.1},
+        LABELLED | {"base.drop": 0.5, "base.guidance": ("classifier_free", "dynamic_threshold")},
+        {"base.data.name": "shapes", "base.data.single": True, "base.data.holdout": ("red circle",)},
+        CLASSIFIER,
+        CLASSIFIER | {"base.net.pool": "spatial_v2", "base.timesteps.name": "stratified", "base.train.ema": ()},
         {"base.net.channel_mult": (0.5, 1, 1, 2), "base.net.channels": 64},
         {"base.net.head_channels": 64, "base.net.attention": (1, 2, 4, 8)},
         {"base.net.attention": ()},
@@ -586,6 +796,83 @@ def test_every_stage_is_checked():
     config = cascade()
     configs.override(config, ["config.up.train.steps=5"])
     assert config.up.train.steps == 5 and config.base.train.steps != 5
+
+
+def guided(**changes) -> ConfigDict:
+    """An unconditional stage and the classifier of 10 classes that guides it."""
+    config = defaults()
+    classifier = configs.add_section(config, "guide")
+    classifier.net.name, classifier.num_classes = "classifier", 10
+    config.base.guidance, config.base.classifier = ("clip_denoised", "classifier"), "guide"
+    for path, value in changes.items():
+        put(config, f"config.{path.replace('__', '.')}", value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stages": ("guide", "base")},
+        {"base__takes": ("label",), "base__num_classes": 10},
+        {"guide__net__channels": 32, "guide__train__ema": (), "guide__data__crop": "random"},
+        {
+            "base__schedule__name": "cosine_logsnr",
+            "guide__schedule__name": "cosine_logsnr",
+            "base__steps": "50",
+        },
+    ],
+)
+def test_a_classifier_may_guide(changes):
+    config = guided(**changes)
+    configs.validate(config)
+    assert set(configs.trained_sections(config)) == {"base", "guide"}
+    assert configs.from_dict(configs.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"guide__shape": (64, 64, 3)}, ["config.base.shape", "config.guide.shape", "64"]),
+        (
+            {"guide__schedule__name": "cosine"},
+            ["config.base.schedule", "config.guide.schedule", "'linear'", "'cosine'"],
+        ),
+        ({"guide__schedule__steps": 4000}, ["config.base.schedule", "config.guide.schedule"]),
+        (
+            {"base__takes": ("label",), "base__num_classes": 6},
+            ["config.base.num_classes", "config.guide.num_classes", "6", "10"],
+        ),
+        ({"guide__num_classes": 0}, ["config.guide.num_classes", "classifier"]),
+        ({"guide__takes": ("label",)}, ["config.guide.takes", "classifier"]),
+        ({"guide__net__heads": 3}, ["config.guide.net.heads"]),
+        ({"guide__train__weight_decay": 0.1}, ["config.guide.train.weight_decay", "adamw"]),
+        ({"guide__net__name": "unet"}, ["config.base.classifier", "'guide'"]),
+        ({"base__classifier": "gude"}, ["config.base.classifier", "'gude'", "there is guide"]),
+        ({"base__classifier": ""}, ["config.base.classifier", "config.base.guidance"]),
+        ({"base__guidance": ("clip_denoised",)}, ["config.base.classifier", "config.base.guidance"]),
+        (
+            {
+                "base__takes": ("label",),
+                "base__num_classes": 10,
+                "base__drop": 0.1,
+                "base__guidance": ("classifier", "classifier_free"),
+            },
+            ["config.base.guidance", "choose one"],
+        ),
+    ],
+)
+def test_a_classifier_must_fit_what_it_guides(changes, words):
+    message = one_line(configs.validate, guided(**changes))
+    assert all(word in message for word in words), message
+
+
+def test_what_guides_is_trained_too_and_once():
+    config = guided(stages=("base",))
+    assert configs.trained_sections(config) == ("base", "guide")
+    assert configs.is_classifier(config.guide) and not configs.is_classifier(config.base)
+    config.stages = ("guide", "base")
+    assert configs.trained_sections(config) == ("guide", "base")
 
 
 def test_a_stage_can_be_left_out():

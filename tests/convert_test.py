@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from diffax import convert
-from diffax.convert import diffusers, openai
+from diffax.convert import diffusers, glide, openai
 from diffax.convert import table as tables
 from diffax.models import build
 
 FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
 MANIFEST = FOLDER / "manifest_full_size.json"
-CLASSES = ("UNetModel", "SuperResModel", "EncoderUNetModel", "UNet2DModel")
+CLASSES = ("UNetModel", "SuperResModel", "EncoderUNetModel", "UNet2DModel", *glide.MODELS)
 PUBLISHED = {
     name: entry
     for name, entry in (json.loads(MANIFEST.read_text())["models"] if MANIFEST.exists() else {}).items()
@@ -31,6 +31,9 @@ def architecture_and_table(entry):
         flip = constructor["flip_sin_to_cos"]
         return architecture, diffusers.table(architecture.build(), architecture.shape, flip_sin_to_cos=flip)
     size = args.get("large_size") or args["image_size"]
+    if entry["class"] in glide.MODELS:
+        architecture = glide.net_config(constructor, model=entry["class"], image_size=size)
+        return architecture, glide.table(architecture.build(), architecture.shape)
     architecture = openai.net_config(constructor, model=entry["class"], image_size=size)
     order = architecture.attention_order
     return architecture, openai.table(architecture.build(), architecture.shape, attention_order=order)
@@ -68,9 +71,17 @@ DIFFUSERS = dict(
     up_block_types=["UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"], layers_per_block=1, norm_num_groups=16,
     num_class_embeds=5,
 )  # fmt: skip
+GLIDE = dict(
+    text_ctx=6, xf_width=24, xf_layers=2, xf_heads=3, xf_final_ln=True, n_vocab=11, in_channels=3, model_channels=32,
+    out_channels=6, num_res_blocks=1, attention_resolutions=[2], channel_mult=[1, 2], num_head_channels=16,
+)  # fmt: skip
 
 
 def small(kind):
+    if kind.startswith("glide"):
+        model = {"glide": "Text2ImUNet", "glide inpaint": "SuperResInpaintText2ImUnet"}[kind]
+        architecture = glide.net_config(GLIDE | dict(xf_padding=kind == "glide"), model=model, image_size=8)
+        return architecture, glide.table(architecture.build(), architecture.shape)
     if kind == "diffusers":
         architecture = diffusers.net_config(DIFFUSERS)
         return architecture, diffusers.table(architecture.build(), architecture.shape, flip_sin_to_cos=False)
@@ -92,7 +103,7 @@ def random_state_dict(table):
 
 
 @pytest.mark.parametrize("kind", ["biggan", "conv", "pool", "attention pool", "adaptive pool", "spatial_v2 pool",
-                                  "diffusers"])  # fmt: skip
+                                  "diffusers", "glide", "glide inpaint"])  # fmt: skip
 def test_round_trip_is_exact(kind):
     architecture, table = small(kind)
     state_dict = random_state_dict(table)
@@ -113,13 +124,34 @@ def test_attention_orders_by_hand():
         ("legacy", lambda part, head, d: (head * 3 + part) * width + d),
         ("new", lambda part, head, d: (part * heads + head) * width + d),
     ):
-        bias = openai._qkv_bias((3, heads, width), order).to_flax(rows)
-        kernel = openai._qkv_kernel((channels, 3, heads, width), order).to_flax(
+        bias = openai.qkv_bias((3, heads, width), order).to_flax(rows)
+        kernel = openai.qkv_kernel((channels, 3, heads, width), order).to_flax(
             np.tile(rows[:, None, None], (1, channels, 1))
         )
         for part, head, d in np.ndindex(3, heads, width):
             assert bias[part, head, d] == row(part, head, d)
             assert (kernel[:, part, head, d] == row(part, head, d)).all()
+
+
+def test_attention_order_of_glide_by_hand():
+    """Row (head*P + part)*D + d in the text transformer, P = 3, and in the layer that reads the text, P = 2."""
+    _, table = small("glide")
+    rows = {
+        key: np.broadcast_to(np.arange(shape[0], dtype=np.float32).reshape(-1, *(1 for _ in shape[1:])), shape)
+        for key, shape in torch_shapes(table).items()
+    }
+    params = convert.to_flax(rows, table)
+    text = params["text"]["block_1"]["attention"]
+    read = params["unet"]["mid_attention"]["attention"]
+    for tree, name, (parts, heads, width), channels in (
+        (text, "qkv", (3, 3, 8), 24),
+        (read, "qkv", (3, 4, 16), 64),
+        (read, "encoder_kv", (2, 4, 16), 24),
+    ):
+        part, head, d = np.indices((parts, heads, width))
+        row = (head * parts + part) * width + d
+        np.testing.assert_array_equal(tree[f"{name}_bias"], row)
+        np.testing.assert_array_equal(tree[f"{name}_kernel"], np.broadcast_to(row, (channels, parts, heads, width)))
 
 
 def test_half_precision_becomes_float32():
@@ -165,6 +197,32 @@ def test_parameters_that_do_not_fit():
 def test_openai_refusals(model, options, match):
     with pytest.raises(ValueError, match=match):
         openai.net_config(GUIDED | options, model=model)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(xf_width=0), "Text2ImUNet with xf_width=0 cannot be converted"),
+        (dict(xf_ar=0.1), "xf_ar=0.1"),
+        (dict(num_classes=5), "num_classes=5"),
+        (dict(xf_heads=5), "heads 5 does not divide net.text.width 24"),
+        (dict(spam=1), "spam=1 .*unknown"),
+    ],
+)
+def test_glide_refusals(options, match):
+    with pytest.raises(ValueError, match=match):
+        glide.net_config(GLIDE | options, image_size=8).build()
+    with pytest.raises(ValueError, match="model 'UNetModel' is unknown; use one of .'Text2ImUNet'"):
+        glide.net_config(GLIDE, model="UNetModel", image_size=8)
+    with pytest.raises(ValueError, match="Text2ImUNet needs n_vocab"):
+        glide.net_config({key: value for key, value in GLIDE.items() if key != "n_vocab"}, image_size=8)
+
+
+def test_glide_options():
+    architecture = glide.net_config(GLIDE, model="SuperResInpaintText2ImUnet", image_size=8)
+    assert (architecture.takes, architecture.shape) == (("text", "inpaint", "low_res"), (8, 8, 3))
+    assert architecture.net["text"] == dict(
+        width=24, layers=2, heads=3, vocab_size=11, length=6, final_norm=True, padding_embedding=False)  # fmt: skip
 
 
 def test_improved_diffusion_needs_a_size():

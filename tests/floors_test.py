@@ -56,7 +56,7 @@ ONLY_IN = {
 # Modules that may import nothing else but the standard library and diffax.
 NARROW = {
     "errors": set(),
-    "config": {"ml_collections"},
+    "config": {"ml_collections", "numpy"},
     "models": {"jax", "flax", "chex", "numpy"},
     "schedules": {"jax", "flax", "chex", "numpy"},
 }

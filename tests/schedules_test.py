@@ -114,10 +114,163 @@ def test_space_timesteps(steps, sections, start, end, count):
     assert kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < steps
 
 
-@pytest.mark.parametrize("sections", ["ddim300", "ddim70", "0", "1001", "500,501", "a", "5,", "ddim", "-3", "1e2"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        *["ddim300", "ddim70", "0", "1001", "500,501", "a", "5,", "ddim", "-3", "1e2"],
+        *["trailing", "trailing0", "trailing-1", "trailing1001", "trailing10,10", "trailing1e2", "Trailing10"],
+        *["quad", "quad0", "quad1001", "quad2.5", "quad 10", "10quad"],
+        *["logsnr", "logsnr0", "logsnr10"],  # 'logsnr10' needs more than the number of steps
+    ],
+)
 def test_space_timesteps_refuses(sections):
     with pytest.raises(ValueError, match="steps|stride"):
         schedules.space_timesteps(1000, sections)
+
+
+# ---- named grids of steps
+
+
+GRIDS = ("trailing", "quad", "logsnr")
+STEPS = [(1000, n) for n in (1, 2, 3, 7, 10, 50, 333, 999, 1000)] + [(40, 13), (40, 39), (4000, 256), (1, 1)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("betas", ["linear", "cosine", "const"])
+@pytest.mark.parametrize("steps, count", STEPS)
+def test_a_grid_keeps_different_steps_from_the_noisiest_down(betas, grid, steps, count):
+    # Short chains take the first betas of a longer one: linear betas for so few steps would exceed 1.
+    schedule = schedules.discrete(schedules.BETAS[betas](max(steps, 40), 1e-4, 0.02)[:steps])
+    table = schedules.build_steps(schedule, steps, f"{grid}{count}")
+    time = np.asarray(table.t.time)
+    assert time.shape == (count,) and time[0] == steps - 1
+    assert np.all(time == np.rint(time)) and np.all(np.diff(time) < 0) and time[-1] >= 0
+    np.testing.assert_array_equal(table.s.time[:-1], time[1:])
+    assert np.isposinf(table.s.logsnr[-1]) and np.isfinite(table.min_logvar).all()
+    if grid == "trailing":
+        assert abs(time[-1] + 1 - steps / count) <= 0.5, "as far from clean data as one step from the next"
+    elif count > 1:
+        assert time[-1] == 0, "both ends are kept"
+    if count == steps:
+        np.testing.assert_array_equal(time, np.arange(steps)[::-1])
+
+
+@pytest.mark.parametrize(
+    ("steps", "sections", "kept"),
+    [
+        (1000, "trailing10", range(99, 1000, 100)),
+        (1000, "trailing4", [249, 499, 749, 999]),
+        (1000, "trailing3", [332, 666, 999]),
+        (1000, "trailing1", [999]),
+        (10, "trailing10", range(10)),
+        (1000, "quad5", [0, 62, 250, 562, 999]),  # 999 (k / 4)^2
+        (1000, "quad1", [999]),
+        (8, "quad6", [0, 1, 2, 3, 4, 7]),  # 0, 0.28, 1.12, 2.52, 4.48, 7, of which the first two are both 0
+    ],
+)
+def test_named_grids_equal_lists_by_hand(steps, sections, kept):
+    np.testing.assert_array_equal(schedules.space_timesteps(steps, sections), list(kept))
+
+
+@pytest.mark.parametrize("count", [2, 5, 10, 25, 100])
+def test_quadratic_steps_are_denser_near_the_data(count):
+    kept = schedules.space_timesteps(1000, f"quad{count}")
+    wanted, last = [], -1
+    for k in range(count):
+        last = max(round(999 * (k / (count - 1)) ** 2), last + 1)
+        wanted.append(last)
+    np.testing.assert_array_equal(kept, wanted)
+    gaps = np.diff(kept)
+    assert np.all(np.diff(gaps) >= -1), "gaps grow, but for rounding"
+    assert count < 10 or np.sum(kept < 500) > 0.6 * count
+
+
+def nearest_to_even_logsnr(betas, count):
+    """Of a chain's log-SNRs in float64, those nearest to `count` evenly spaced ones."""
+    ab = np.cumprod(1 - np.asarray(betas, np.float64))
+    logsnr = np.log(ab / (1 - ab))
+    wanted = np.linspace(logsnr[0], logsnr[-1], count)
+    return np.abs(logsnr[None] - wanted[:, None]).argmin(1)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "quad", "const"])
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_even_logsnr_of_a_chain_takes_the_nearest_steps(name, count):
+    betas = schedules.BETAS[name](1000, 1e-4, 0.02)
+    nearest = nearest_to_even_logsnr(betas, count)
+    assert len(set(nearest.tolist())) == count, "none collide"
+    table = schedules.respaced(schedules.discrete(betas), 1000, f"logsnr{count}")
+    np.testing.assert_array_equal(table.t.time[::-1], nearest)
+
+
+def test_even_logsnr_of_a_chain_moves_what_collides():
+    """Near the data and the noise the cosine chain has few steps for many evenly spaced log-SNRs."""
+    betas = schedules.cosine_betas(1000)
+    nearest = nearest_to_even_logsnr(betas, 100)
+    assert len(set(nearest.tolist())) < 100
+    kept = schedules.respaced(schedules.discrete(betas), 1000, "logsnr100").t.time[::-1]
+    assert len(set(kept.tolist())) == 100 and kept[0] == 0 and kept[-1] == 999
+    middle = slice(20, 50)  # where steps are not crowded
+    np.testing.assert_array_equal(kept[middle], nearest[middle])
+
+
+def cosine_logsnr_at(u):
+    """-2 log tan(a u + b) between 20 and -20, in float64."""
+    b = np.arctan(np.exp(-10.0))
+    return -2 * np.log(np.tan((np.arctan(np.exp(10.0)) - b) * u + b))
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 256])
+def test_continuous_steps_equal_the_formulas(count):
+    schedule, even = schedules.cosine_logsnr(), 1 - np.arange(count) / (count - 1)
+    for choice, u in ((f"{count}", even), (f"quad{count}", even**2)):
+        table = schedules.build_steps(schedule, 0, choice)
+        np.testing.assert_allclose(table.t.time, 1000 * u, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(table.t.logsnr, cosine_logsnr_at(u), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 256])
+def test_even_logsnr_of_a_continuous_schedule(count):
+    table = schedules.build_steps(schedules.cosine_logsnr(), 0, f"logsnr{count}")
+    np.testing.assert_allclose(table.t.logsnr, np.linspace(-20, 20, count), rtol=0, atol=2e-3)
+    # The clock is the one of these log-SNRs: tan is inverted by arctan, not read off a table.
+    b = np.arctan(np.exp(-10.0))
+    u = (np.arctan(np.exp(-np.linspace(-20, 20, count) / 2)) - b) / (np.arctan(np.exp(10.0)) - b)
+    np.testing.assert_allclose(table.t.time, 1000 * u, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("choice", [1, 10, "1", "10", "quad1", "quad10", "logsnr1", "logsnr10"])
+def test_continuous_steps_run_from_noise_to_the_cleanest_level_and_on_to_data(choice):
+    table = schedules.continuous_steps(schedules.cosine_logsnr(-15, 12), choice)
+    count = int(str(choice).lstrip("quadlogsnr"))
+    assert table.t.time.shape == (count,) and table.t.time[0] == 1000
+    np.testing.assert_allclose(table.t.logsnr[0], -15, rtol=1e-6)
+    assert np.all(np.diff(table.t.logsnr) > 0) and np.isposinf(table.s.logsnr[-1])
+    if count > 1:
+        assert table.t.time[-1] == 0
+        np.testing.assert_allclose(table.t.logsnr[-1], 12, rtol=1e-6)
+
+
+def test_continuous_quadratic_steps_are_denser_near_the_data():
+    time = schedules.continuous_steps(schedules.cosine_logsnr(), "quad20").t.time
+    assert np.all(np.diff(-np.diff(time)) < 0), "every step is shorter than the one before"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["", "0", 0, -3, "-3", "1.5", "10,20", "ddim10", "fast27", "trailing10", "quad", "quad0", "logsnr", "logsnr0", "x"],
+)
+def test_continuous_steps_refuses(choice):
+    with pytest.raises(ValueError, match="'N', 'quadN' or 'logsnrN' for a continuous schedule"):
+        schedules.build_steps(schedules.cosine_logsnr(), 0, choice)
+
+
+@pytest.mark.parametrize(
+    "choice", ["logsnr1001", "quad1001", "trailing1001", "logsnr0", "logsnr", "logsnr10,10", "lin10"]
+)
+def test_grids_of_a_chain_refuse(choice):
+    with pytest.raises(ValueError, match="steps"):
+        schedules.build_steps(schedules.discrete(schedules.linear_betas(1000)), 1000, choice)
 
 
 @pytest.mark.parametrize("u", [[0.5, 0.6], [0.5, 0.5], [], [1.2, 0.1], [0.5, -0.1]])

@@ -187,7 +187,7 @@ def test_unknown_choices_list_what_there_is():
 
 
 def test_schedule_of_the_config():
-    schedule, steps = stages.build_schedule(config.to_dict(config.load("iddpm_cifar10"))["base"]["schedule"])
+    schedule, steps = schedules.build(config.to_dict(config.load("iddpm_cifar10"))["base"]["schedule"])
     assert steps == 4000
     np.testing.assert_allclose(schedule(np.array([1.0])).time, 999.75)
     betas = np.exp(schedules.respaced(schedule, steps)[::-1].max_logvar)

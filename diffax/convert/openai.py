@@ -5,7 +5,7 @@ here a block is called after its level.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 
@@ -47,9 +47,10 @@ HEADS = {
     "spatial": {"hidden": "out.0", "logits": "out.2"},
     "spatial_v2": {"hidden": "out.0", "norm_hidden": "out.1", "logits": "out.3"},
 }
-ATTENTION = {"norm": "norm", "qkv": "qkv", "proj": "proj_out"}
+ATTENTION = {"norm": "norm", "qkv": "qkv", "encoder_kv": "encoder_kv", "proj": "proj_out"}
 ATTENTION_POOL = {"qkv": "qkv_proj", "proj": "c_proj"}
 LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+Rename = Callable[[Path, tuple[int, ...]], tuple[list[str], Layout]]
 
 
 def table(network: nn.Module, shape: Sequence[int], *, attention_order: str = "legacy") -> Table:
@@ -65,14 +66,19 @@ def table(network: nn.Module, shape: Sequence[int], *, attention_order: str = "l
     Raises:
       ValueError: an unknown attention_order, or a network that OpenAI's classes cannot express.
     """
+    shapes = param_shapes(network, *example_inputs(network, shape))
+    return make_table(shapes, renaming(network, shapes, attention_order))
+
+
+def renaming(network: nn.Module, paths: Iterable[Path], attention_order: str) -> Rename:
+    """(path, shape) of a parameter -> (OpenAI's names, layout), for the parameters at `paths`; see `table`."""
     if attention_order not in ORDERS:
         raise ValueError(f"attention_order {attention_order!r} is unknown; use one of {ORDERS}")
     net = network if isinstance(network, Classifier) else network.unet
     if not net.mid_attention:
         raise ValueError("OpenAI's networks have attention in the middle; set mid_attention")
     levels, blocks = len(net.channel_mult), net.num_res_blocks
-    shapes = param_shapes(network, *example_inputs(network, shape))
-    places = {path[:-1] for path in shapes}
+    places = {path[:-1] for path in paths}
 
     def block_key(name: str) -> str:
         """The number of a block: 'down_1_attention_0' -> 'input_blocks.5.1'."""
@@ -97,26 +103,27 @@ def table(network: nn.Module, shape: Sequence[int], *, attention_order: str = "l
             return ["out.2.positional_embedding"], kernel(shape)
         top, *inner = module
         if top in TOP:
-            return [f"{TOP[top]}.{LEAF[leaf]}"], _plain(leaf, shape)
+            return [f"{TOP[top]}.{LEAF[leaf]}"], plain(leaf, shape)
         pool = isinstance(network, Classifier) and HEADS[net.pool]
         if pool and top in pool:
             if top != "attention":
-                layout = DENSE_2D if net.pool == "adaptive" and leaf == "kernel" else (_plain(leaf, shape))
+                layout = DENSE_2D if net.pool == "adaptive" and leaf == "kernel" else (plain(leaf, shape))
                 return [f"{pool[top]}.{LEAF[leaf]}"], layout
             return _attention(pool[top], ATTENTION_POOL, inner, leaf, shape, "new")
         block = block_key(top)
         if inner[0] in RES_BLOCK:
-            layout = DENSE_2D if (inner[0], leaf) == ("skip", "kernel") else _plain(leaf, shape)
+            layout = DENSE_2D if (inner[0], leaf) == ("skip", "kernel") else plain(leaf, shape)
             return [f"{block}.{RES_BLOCK[inner[0]]}.{LEAF[leaf]}"], layout
         if inner[0] == "conv":
             child = "op" if top.startswith("down") else "conv"
-            return [f"{block}.{child}.{LEAF[leaf]}"], _plain(leaf, shape)
+            return [f"{block}.{child}.{LEAF[leaf]}"], plain(leaf, shape)
         return _attention(block, ATTENTION, inner, leaf, shape, attention_order)
 
-    return make_table(shapes, rename)
+    return rename
 
 
-def _plain(leaf: str, shape: tuple[int, ...]) -> Layout:
+def plain(leaf: str, shape: tuple[int, ...]) -> Layout:
+    """The layout of a layer that both sides store alike."""
     return kernel(shape) if leaf == "kernel" else SAME
 
 
@@ -124,39 +131,38 @@ def _attention(
     block: str, names: Mapping[str, str], inner: list[str], leaf: str, shape: tuple[int, ...], order: str
 ) -> tuple[list[str], Layout]:
     """The parameters under one attention block or pool."""
-    if leaf == "qkv_kernel":
-        return [f"{block}.{names['qkv']}.weight"], _qkv_kernel(shape, order)
-    if leaf == "qkv_bias":
-        return [f"{block}.{names['qkv']}.bias"], _qkv_bias(shape, order)
-    layer = inner[-1]
-    layout = DENSE_1D if leaf == "kernel" else SAME
-    return [f"{block}.{names[layer]}.{LEAF[leaf]}"], layout
+    projection, _, leaf = leaf.rpartition("_")
+    if projection:
+        layout = qkv_kernel(shape, order) if leaf == "kernel" else qkv_bias(shape, order)
+    else:
+        layout = DENSE_1D if leaf == "kernel" else SAME
+    return [f"{block}.{names[projection or inner[-1]]}.{LEAF[leaf]}"], layout
 
 
-def _qkv_kernel(shape: tuple[int, ...], order: str) -> Layout:
-    """[3C, C, 1] <-> [C, 3, heads, D]."""
-    channels, three, heads, width = shape
+def qkv_kernel(shape: tuple[int, ...], order: str, trailing: tuple[int, ...] = (1,)) -> Layout:
+    """[PC, E, *trailing] <-> [E, P, heads, D]: P projections from E channels to C = heads * D."""
+    inputs, parts, heads, width = shape
 
     def to_flax(w):
         if order == "legacy":
-            return w.reshape(heads, three, width, channels).transpose(3, 1, 0, 2)
-        return w.reshape(three, heads, width, channels).transpose(3, 0, 1, 2)
+            return w.reshape(heads, parts, width, inputs).transpose(3, 1, 0, 2)
+        return w.reshape(parts, heads, width, inputs).transpose(3, 0, 1, 2)
 
     def to_torch(w):
         w = w.transpose(2, 1, 3, 0) if order == "legacy" else w.transpose(1, 2, 3, 0)
-        return (w.reshape(three * heads * width, channels, 1),)
+        return (w.reshape(parts * heads * width, inputs, *trailing),)
 
     return Layout(to_flax, to_torch)
 
 
-def _qkv_bias(shape: tuple[int, ...], order: str) -> Layout:
-    """[3C] <-> [3, heads, D]."""
-    three, heads, width = shape
+def qkv_bias(shape: tuple[int, ...], order: str) -> Layout:
+    """[PC] <-> [P, heads, D]."""
+    parts, heads, width = shape
 
     def to_flax(w):
         if order == "legacy":
-            return w.reshape(heads, three, width).transpose(1, 0, 2)
-        return w.reshape(three, heads, width)
+            return w.reshape(heads, parts, width).transpose(1, 0, 2)
+        return w.reshape(parts, heads, width)
 
     def to_torch(w):
         return ((w.transpose(1, 0, 2) if order == "legacy" else w).reshape(-1),)

@@ -81,7 +81,7 @@ def to_flax(state_dict: Mapping[str, Any], table: Table) -> dict:
 
     Args:
       state_dict: {PyTorch name: array}; half precision becomes float32.
-      table: one of `openai.table`, `diffusers.table`.
+      table: one of `openai.table`, `glide.table`, `diffusers.table`.
 
     Returns:
       The tree of float32 arrays to call `network.apply({'params': tree}, ...)` with.

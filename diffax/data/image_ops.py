@@ -152,3 +152,25 @@ def encode_png(pixels: np.ndarray) -> io.BytesIO:
     _to_pil(pixels).save(stream, "PNG")
     stream.seek(0)
     return stream
+
+
+def smaller(pixels: np.ndarray, factor: int, *, jpeg_quality: int = 0) -> np.ndarray:
+    """The picture `factor` times smaller, as a file would hold it: the mean of each square, rounded, then perhaps JPEG.
+
+    Args:
+      pixels: uint8 [h, w, c], sides divisible by `factor`.
+      factor: how much smaller.
+      jpeg_quality: 1 to 100, what the picture is saved at and read back; 0: not at all.
+
+    Returns:
+      uint8 [h / factor, w / factor, c].
+    """
+    height, width, channels = pixels.shape
+    squares = pixels.reshape(height // factor, factor, width // factor, factor, channels)
+    small = np.round(squares.mean((1, 3))).astype(np.uint8)
+    if not jpeg_quality:
+        return small
+    stream = io.BytesIO()
+    _to_pil(small).save(stream, "JPEG", quality=jpeg_quality)
+    stream.seek(0)
+    return _to_array(Image.open(stream), channels)

@@ -36,6 +36,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     keys: Sequence[str] | None = None,
+    low_res: Mapping[str, Any] | None = None,
     train: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's rows of global batch `start_step`, `start_step + 1`, ...
@@ -56,6 +57,8 @@ def batches(
       seed: of order and augmentation.
       start_step: the first batch wanted.
       keys: which of `source.keys` to yield; by default 'label' where there are labels.
+      low_res: the `low_res` section of a stage: also yield the picture `factor` times smaller, as a JPEG of a quality
+        drawn from the range `jpeg` would show it.
 
     Yields:
       'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, the record
@@ -94,7 +97,15 @@ def batches(
         first = step * batch_size + process_index * rows + part * chunk
         last = first + chunk if train else min(first + chunk, len(source))
         records = ((position, reader(order(position))) for position in range(first, last))
-        return [record | {"image": augment(record["image"], height, width, position)} for position, record in records]
+        return [edit(record, position) for position, record in records]
+
+    def edit(record: dict[str, Any], position: int) -> dict[str, Any]:
+        pixels = augment(record["image"], height, width, position)
+        if not low_res:
+            return record | {"image": pixels}
+        low, high = low_res["jpeg"][0], low_res["jpeg"][-1]
+        quality = int(np.random.default_rng((seed, position, 1)).integers(low, high + 1))
+        return record | {"image": pixels, "low_res": image_ops.smaller(pixels, low_res["factor"], jpeg_quality=quality)}
 
     end = _ENDLESS if train else -(-len(source) // batch_size)
     threads = data["workers"] or min(16, 2 * (os.cpu_count() or 1))
@@ -182,12 +193,21 @@ class _Reader:
 
 
 def _collate(records: Sequence[dict[str, Any]], shape, keys) -> dict[str, np.ndarray]:
-    images = np.empty((len(records), *shape), np.float32)
-    for image, record in zip(images, records, strict=True):
-        np.divide(record["image"], np.float32(127.5), out=image)
-    images -= 1
-    batch = {"image": images, "index": np.array([record["index"] for record in records], np.int64)}
+    batch = {"image": _floats([record["image"] for record in records], shape)}
+    batch["index"] = np.array([record["index"] for record in records], np.int64)
+    if records and "low_res" in records[0]:
+        small = [record["low_res"] for record in records]
+        batch["low_res"] = _floats(small, small[0].shape)
     for key in keys:
         values = [record[key] for record in records]
         batch[key] = np.array(values, object if key == "caption" else np.int32)
     return batch
+
+
+def _floats(pictures: Sequence[np.ndarray], shape) -> np.ndarray:
+    """uint8 pictures as one float32 array in [-1, 1]."""
+    floats = np.empty((len(pictures), *shape), np.float32)
+    for row, picture in zip(floats, pictures, strict=True):
+        np.divide(picture, np.float32(127.5), out=row)
+    floats -= 1
+    return floats

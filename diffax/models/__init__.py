@@ -7,16 +7,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffax.models.conditioners import Label, LowRes
-from diffax.models.layers import KERNEL_INITS, PADS, SINUSOIDS, choose, sinusoid
+from diffax.models.conditioners import Clock, Inpaint, Label, LowRes
+from diffax.models.layers import KERNEL_INITS, PADS, SINUSOIDS, Style, choose, sinusoid
+from diffax.models.text import Text
 from diffax.models.unet import POOLS, REMATS, RESAMPLES, Classifier, Context, Encoder, UNet
 
 __all__ = [
     "Classifier",
+    "Clock",
     "Context",
+    "Inpaint",
     "Label",
     "LowRes",
     "Network",
+    "Text",
     "UNet",
     "build",
     "example_inputs",
@@ -32,7 +36,8 @@ class Network(nn.Module):
 
     Attributes:
       unet: the U-Net.
-      conditioners: pairs (name of the condition, module); a module's parameters bear that name.
+      conditioners: pairs (name of the condition, module); a module's parameters bear that name. Planes are concatenated
+        in this order.
     """
 
     # otherwise the parameters of a conditioner would be called conditioners_0_1
@@ -42,13 +47,15 @@ class Network(nn.Module):
     conditioners: tuple[tuple[str, nn.Module], ...] = ()
 
     @nn.compact
-    def __call__(self, z: Array, time: Array, cond: Mapping[str, Array], *, dropout_keys: Array | None = None) -> Array:
+    def __call__(
+        self, z: Array, time: Array, cond: Mapping[str, Array | Context], *, dropout_keys: Array | None = None
+    ) -> Array:
         """Reads z at noise level `time` under the conditions `cond`.
 
         Args:
           z: [B, H, W, C] float32.
           time: [B] float32.
-          cond: one array for each conditioner, and no more.
+          cond: one array for each conditioner, and no more; or in its place what `encode_conditions` made of it.
           dropout_keys: [B] typed PRNG keys; None: no dropout.
 
         Returns:
@@ -61,11 +68,30 @@ class Network(nn.Module):
         for name in names:
             if name not in cond:
                 raise ValueError(f"condition {name!r} is missing; this network takes {names}")
+        contexts = self.encode_conditions(cond, z)
+        return self.unet(z, time, merge([contexts[name] for name in names]), dropout_keys=dropout_keys)
+
+    def encode_conditions(self, cond: Mapping[str, Array | Context], z: Array) -> dict[str, Context]:
+        """What the conditioners make of conditions: to be called once where the network runs for many levels.
+
+        `network.apply({'params': params}, cond, z, method='encode_conditions')`, or a part of `cond`, such as the text;
+        what is encoded already stays as it is.
+
+        Args:
+          cond: arrays by the name of the condition.
+          z: [B, H, W, C], whose shape alone matters.
+
+        Returns:
+          {name: context}, for `__call__`.
+
+        Raises:
+          ValueError: a condition is unknown.
+        """
+        modules = dict(self.conditioners)
         for name in cond:
-            if name not in names:
-                raise ValueError(f"condition {name!r} is unknown; this network takes {names}")
-        context = merge([module(cond[name], z) for name, module in self.conditioners])
-        return self.unet(z, time, context, dropout_keys=dropout_keys)
+            if name not in modules:
+                raise ValueError(f"condition {name!r} is unknown; this network takes {[*modules]}")
+        return {name: c if isinstance(c, Context) else modules[name](c, z) for name, c in cond.items()}
 
 
 def merge(contexts: list[Context]) -> Context:
@@ -83,7 +109,7 @@ def merge(contexts: list[Context]) -> Context:
 
 
 def example_inputs(network: nn.Module, shape: tuple[int, int, int], batch: int = 1) -> tuple:
-    """Zeros to call `network.init(rng, *inputs)` with.
+    """Zeros, and captions without a word, to call `network.init(rng, *inputs)` with.
 
     Args:
       network: what `build` returned.
@@ -100,7 +126,7 @@ def example_inputs(network: nn.Module, shape: tuple[int, int, int], batch: int =
 
 
 def null_conditions(network: Network) -> dict[str, int]:
-    """{condition: what stands for it where it is withheld}, of those that can be."""
+    """{condition: the number that stands for it, at each of its places, where it is withheld}, of those that can be."""
     return {name: module.null for name, module in network.conditioners if module.null is not None}
 
 
@@ -117,9 +143,12 @@ def build(
 
     Args:
       net: name='unet' and fields of `UNet`, or name='classifier' and fields of `Classifier`; fields that only the
-        other one has are passed over.
+        other one has are passed over. `net['text']` is a mapping with the fields of `Text` (width, layers, heads,
+        vocab_size, length, final_norm, padding_embedding), for networks that take 'text'; left out, they are those of
+        the GLIDE models that were published.
       shape: (H, W, C) of the images.
-      takes: the conditions it reads: 'label', 'low_res'.
+      takes: the conditions it reads: 'label', 'text', 'inpaint', 'low_res', 'low_res_time'. Planes are concatenated to
+        z in this order (GLIDE: 'inpaint' before 'low_res').
       num_classes: number of labels, if it takes 'label'.
       out_channels: channels of the output; the number of logits of a classifier.
       null_label: give 'label' one more row, number num_classes, for classifier-free guidance.
@@ -132,7 +161,7 @@ def build(
       ValueError: an unknown option, or options that do not fit together.
     """
     net = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in dict(net).items()}
-    name = net.pop("name", "unet")
+    name, text_options = net.pop("name", "unet"), dict(net.pop("text", {}))
     kinds = {"unet": (UNet, "out_channels"), "classifier": (Classifier, "num_classes")}
     module, outputs = choose(kinds, name, "net.name")
     options = {kind: {*kind.__dataclass_fields__} - {"parent", "name", count} for kind, count in kinds.values()}
@@ -140,13 +169,28 @@ def build(
         choose(dict.fromkeys(sorted(set.union(*options.values()))), key, "net option")
     network = module(**{k: v for k, v in net.items() if k in options[module]}, **{outputs: out_channels})
     _check(network, shape)
+    _check_text(text_options)
 
     def label():
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; a network that takes 'label' needs at least 1")
         return Label(num_classes, 4 * network.channels, null_label, name="label")
 
-    makers = {"label": label, "low_res": lambda: LowRes(name="low_res")}
+    def text():
+        style = Style(kernel_init=network.kernel_init, dtype=network.dtype)
+        return Text(style, 4 * network.channels, **text_options, name="text")
+
+    def clock():
+        style = Style(kernel_init=network.kernel_init)
+        return Clock(style, network.channels, network.sinusoid, name="low_res_time")
+
+    makers = {
+        "label": label,
+        "text": text,
+        "inpaint": lambda: Inpaint(name="inpaint"),
+        "low_res": lambda: LowRes(name="low_res"),
+        "low_res_time": clock,
+    }
     conditioners = tuple((name, choose(makers, name, "condition")()) for name in takes)
     if isinstance(network, Classifier):
         if takes:
@@ -199,3 +243,13 @@ def _check(net: Encoder, shape: tuple[int, int, int]) -> None:
                     f"{heads} heads do not divide the {width} channels at factor "
                     f"{factor}; change net.heads, net.heads_up or net.channels"
                 )
+
+
+def _check_text(options: Mapping) -> None:
+    """Raises a ValueError if `net.text` has an unknown option, or options that do not fit together."""
+    fields = {*Text.__dataclass_fields__} - {"parent", "name", "style", "features"}
+    for key in options:
+        choose(dict.fromkeys(sorted(fields)), key, "net.text option")
+    width, heads = (options.get(key, getattr(Text, key)) for key in ("width", "heads"))
+    if heads < 1 or width % heads:
+        raise ValueError(f"net.text.heads {heads} does not divide net.text.width {width}; change one of them")

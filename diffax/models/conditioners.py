@@ -1,13 +1,15 @@
 """Conditioners: modules that turn one raw condition into a `Context` (floor 0).
 
 A conditioner is called with the condition and z, and returns a `Context`. `example` is a condition
-of the right shape, to initialise a network with; `null` stands for a condition that is withheld.
+of the right shape, to initialise a network with; `null` is the number that stands, at each of its
+places, for a condition that is withheld.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.models.layers import Style, dense, sinusoid
 from diffax.models.unet import Context
 
 Array = jax.Array
@@ -59,3 +61,59 @@ class LowRes(nn.Module):
     def example(self, z: Array) -> Array:
         batch, height, width, channels = z.shape
         return jnp.zeros((batch, max(height // 4, 1), max(width // 4, 1), channels))
+
+
+class Clock(nn.Module):
+    """A second clock, embedded like the first and added to it: how noisy the smaller picture is (CDM, section 3.1).
+
+    Attributes:
+      style: of the layers.
+      channels: base width of the U-Net.
+      sinusoid: see `layers.sinusoid`.
+    """
+
+    style: Style
+    channels: int
+    sinusoid: str = "openai"
+
+    null = None  # never withheld
+
+    @nn.compact
+    def __call__(self, time: Array, z: Array) -> Context:
+        """time: [B] float32, as the schedule numbers it."""
+        del z
+        h = sinusoid(time, self.channels, self.sinusoid)
+        h = dense(self.style, 4 * self.channels, name="time_0")(h)
+        return Context(vector=dense(self.style, 4 * self.channels, name="time_1")(nn.silu(h)))
+
+    def example(self, z: Array) -> Array:
+        return jnp.zeros(z.shape[:1])
+
+
+class Inpaint(nn.Module):
+    """A picture and which of its pixels are known, concatenated to z (GLIDE, section 3.3)."""
+
+    null = None  # never withheld: guidance shows it to both of its halves
+
+    def __call__(self, inpaint: Array, z: Array) -> Context:
+        """Hides the unknown pixels.
+
+        Args:
+          inpaint: [B, H, W, C + 1]: the picture, in [-1, 1], and last the mask, 1 where a pixel is known and 0 where it
+            is to be made. All zeros: nothing is known.
+          z: [B, H, W, C].
+
+        Returns:
+          The planes [B, H, W, C + 1]: picture * mask, mask.
+
+        Raises:
+          ValueError: another shape.
+        """
+        want = (*z.shape[:3], z.shape[3] + 1)
+        if inpaint.shape != want:
+            raise ValueError(f"'inpaint' is {inpaint.shape}, not {want}; give the picture, then its mask as a channel")
+        mask = inpaint[..., -1:].astype(jnp.float32)
+        return Context(planes=jnp.concatenate([inpaint[..., :-1] * mask, mask], -1))
+
+    def example(self, z: Array) -> Array:
+        return jnp.zeros((*z.shape[:3], z.shape[3] + 1))

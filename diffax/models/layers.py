@@ -190,8 +190,9 @@ def attend(q: Array, k: Array, v: Array) -> Array:
 class SelfAttention(nn.Module):
     """Multi-head self-attention over tokens, with an output layer to `features`.
 
-    The kernel is stored as [C, (q, k, v), heads, D]; the orders of the published checkpoints are
-    the business of `diffax.convert`.
+    The tokens may attend to a second sequence too, whose keys and values come first and have a kernel of their own,
+    `encoder_kv` (GLIDE, section 3.1). A kernel is stored as [C, (q, k, v), heads, D]; the orders of the published
+    checkpoints are the business of `diffax.convert`.
     """
 
     style: Style
@@ -200,34 +201,63 @@ class SelfAttention(nn.Module):
     zero: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x: [B, T, C]. Returns [B, T, features]."""
+    def __call__(self, x: Array, sequence: Array | None = None) -> Array:
+        """x: [B, T, C], sequence: [B, S, E] or None. Returns [B, T, features]."""
         batch, tokens, channels = x.shape
         if channels % self.heads:
             raise ValueError(
                 f"{channels} channels cannot be split into {self.heads} heads; change heads, heads_up or head_channels"
             )
-        shape = (3, self.heads, channels // self.heads)
-        init = kernel_init(self.style, in_axis=0, out_axis=(2, 3), batch_axis=1)
-        kernel = self.param("qkv_kernel", init, (channels, *shape)).astype(self.style.dtype)
-        bias = self.param("qkv_bias", nn.initializers.zeros, shape).astype(self.style.dtype)
-        qkv = jnp.einsum("btc,cnhd->nbhtd", x, kernel) + bias[:, None, :, None]
-        mixed = attend(*qkv).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
+
+        def project(x: Array, parts: int, name: str) -> Array:
+            shape = (parts, self.heads, channels // self.heads)
+            init = kernel_init(self.style, in_axis=0, out_axis=(2, 3), batch_axis=1)
+            kernel = self.param(f"{name}_kernel", init, (x.shape[-1], *shape)).astype(self.style.dtype)
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, shape).astype(self.style.dtype)
+            return jnp.einsum("btc,cnhd->nbhtd", x.astype(self.style.dtype), kernel) + bias[:, None, :, None]
+
+        q, k, v = project(x, 3, "qkv")
+        if sequence is not None:
+            first_k, first_v = project(sequence, 2, "encoder_kv")
+            k, v = jnp.concatenate([first_k, k], 2), jnp.concatenate([first_v, v], 2)
+        mixed = attend(q, k, v).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
         return dense(self.style, self.features, zero=self.zero, name="proj")(mixed)
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x)) over all pixels; the identity at first."""
+    """x + attention(norm(x)) over all pixels, and a sequence if there is one; the identity at first."""
+
+    style: Style
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Array, sequence: Array | None = None) -> Array:
+        """x: [B, H, W, C], sequence: [B, S, E] or None. Returns [B, H, W, C]."""
+        batch, height, width, channels = x.shape
+        h = GroupNorm(self.style, name="norm")(x).reshape(batch, height * width, channels)
+        h = SelfAttention(self.style, self.heads, channels, zero=True, name="attention")(h, sequence)
+        return x + h.reshape(x.shape)
+
+
+def layer_norm(style: Style, *, name: str) -> nn.LayerNorm:
+    """LayerNorm (Ba et al. 2016) over the last axis, its statistics in float32."""
+    return nn.LayerNorm(epsilon=style.norm_eps, dtype=style.dtype, use_fast_variance=False, name=name)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm layer with GELU (Radford et al. 2019, section 2.3)."""
 
     style: Style
     heads: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        batch, height, width, channels = x.shape
-        h = GroupNorm(self.style, name="norm")(x).reshape(batch, height * width, channels)
-        h = SelfAttention(self.style, self.heads, channels, zero=True, name="attention")(h)
-        return x + h.reshape(x.shape)
+        """x: [B, T, C]. Returns [B, T, C]."""
+        channels = x.shape[-1]
+        h = layer_norm(self.style, name="norm1")(x)
+        x = x + SelfAttention(self.style, self.heads, channels, name="attention")(h)
+        h = dense(self.style, 4 * channels, name="mlp_0")(layer_norm(self.style, name="norm2")(x))
+        return x + dense(self.style, channels, name="mlp_1")(nn.gelu(h, approximate=False))
 
 
 def upsample(x: Array) -> Array:

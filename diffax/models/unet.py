@@ -1,7 +1,7 @@
-"""The U-Net of DDPM, Improved DDPM and ADM, and the noised classifier that is its first half.
+"""The U-Net of DDPM, Improved DDPM, ADM and GLIDE, and the noised classifier that is its first half.
 
 Ho et al. 2020 (appendix B), Nichol & Dhariwal 2021 (section 2, appendix A), Dhariwal & Nichol 2021
-(section 3). One network: the papers differ in its fields.
+(section 3), Nichol et al. 2021 (section 3). One network: the papers differ in its fields, and in what `Context` holds.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class Context(NamedTuple):
 
     Attributes:
       vector: [B, 4 * channels], added to the embedded clock; or None.
-      sequence: [B, S, D], attended to (text); or None.
+      sequence: [B, S, D], attended to by every attention block (text); or None.
       planes: [B, H, W, K], concatenated to z after its channels; or None.
     """
 
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         return block(self.style, width, self.dropout, self.scale_shift, resample, name=name)
 
     def attention_block(self, width: int, heads: int, name: str):
-        """A function x -> x."""
+        """A function (x, sequence) -> x."""
         remat = nn.remat(AttentionBlock)
         block = choose({"none": AttentionBlock, "blocks": remat}, self.remat, "remat")
         return block(self.style, self.num_heads(width, heads), name=name)
@@ -116,7 +116,9 @@ class Encoder(nn.Module):
         h = dense(style, 4 * self.channels, name="time_0")(h)
         return dense(style, 4 * self.channels, name="time_1")(nn.silu(h))
 
-    def encode(self, x: Array, vector: Array, keys: Array | None) -> tuple[Array, list[Array]]:
+    def encode(
+        self, x: Array, vector: Array, keys: Array | None, sequence: Array | None = None
+    ) -> tuple[Array, list[Array]]:
         """Returns the middle's output and the activations on the way down, first to last."""
         h = conv(self.style, self.widths[0], name="conv_in")(x.astype(self.dtype))
         skips = [h]
@@ -124,7 +126,7 @@ class Encoder(nn.Module):
             for i in range(self.num_res_blocks):
                 h = self.res_block(width, f"down_{level}_block_{i}")(h, vector, keys)
                 if 2**level in self.attention:
-                    h = self.attention_block(width, self.heads, f"down_{level}_attention_{i}")(h)
+                    h = self.attention_block(width, self.heads, f"down_{level}_attention_{i}")(h, sequence)
                 skips.append(h)
             if level < len(self.widths) - 1:
                 name = f"down_{level}_downsample"
@@ -137,7 +139,7 @@ class Encoder(nn.Module):
                 skips.append(h)
         h = self.res_block(width, "mid_block_0")(h, vector, keys)
         if self.mid_attention:
-            h = self.attention_block(width, self.heads, "mid_attention")(h)
+            h = self.attention_block(width, self.heads, "mid_attention")(h, sequence)
         return self.res_block(width, "mid_block_1")(h, vector, keys), skips
 
 
@@ -161,14 +163,14 @@ class UNet(Encoder):
         Args:
           z: [B, H, W, C].
           time: [B] float32, the clock as the schedule numbers it.
-          context: what else it is told; no text yet.
+          context: what else it is told.
           dropout_keys: [B] typed PRNG keys; None: no dropout.
 
         Returns:
           [B, H, W, out_channels] float32.
 
         Raises:
-          ValueError: H or W cannot be halved often enough, or there is a `context.sequence`.
+          ValueError: H or W cannot be halved often enough.
         """
         factor = 2 ** (len(self.widths) - 1)
         if z.shape[1] % factor or z.shape[2] % factor:
@@ -177,22 +179,21 @@ class UNet(Encoder):
                 f"{len(self.widths) - 1} times; use multiples of {factor} or fewer "
                 "entries in channel_mult"
             )
-        if context.sequence is not None:
-            raise ValueError("this network attends to no sequence; leave context.sequence None")
         vector = self.embed_time(time)
         if context.vector is not None:
             vector = vector + context.vector
         if context.planes is not None:
             z = jnp.concatenate([z, context.planes.astype(z.dtype)], -1)
 
-        h, skips = self.encode(z, vector, dropout_keys)
+        h, skips = self.encode(z, vector, dropout_keys, context.sequence)
         attention = self.attention if self.attention_up is None else self.attention_up
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = self.res_block(width, f"up_{level}_block_{i}")(h, vector, dropout_keys)
                 if 2**level in attention:
-                    h = self.attention_block(width, self.heads_up or self.heads, f"up_{level}_attention_{i}")(h)
+                    name = f"up_{level}_attention_{i}"
+                    h = self.attention_block(width, self.heads_up or self.heads, name)(h, context.sequence)
             if level:
                 name = f"up_{level}_upsample"
                 if self.resample == "biggan":
@@ -212,8 +213,9 @@ class Classifier(Encoder):
     Attributes:
       num_classes: number of logits.
       pool: 'attention' (a token of the mean attends to all pixels, as in CLIP; binds the image
-        size), 'adaptive' (mean over the pixels), 'spatial' or 'spatial_v2' (the means of all
-        activations on the way down, into a hidden layer with ReLU or GroupNorm and SiLU).
+        size), 'adaptive' (mean over the pixels, sown as 'features' into 'intermediates'),
+        'spatial' or 'spatial_v2' (the means of all activations on the way down, into a hidden
+        layer with ReLU or GroupNorm and SiLU).
     """
 
     num_classes: int = 1000
@@ -247,6 +249,7 @@ class Classifier(Encoder):
 
     def _adaptive(self, head: Style, h: Array, skips: list[Array]) -> Array:
         h = nn.silu(GroupNorm(head, name="norm_out")(h)).mean((1, 2))
+        self.sow("intermediates", "features", h)
         return dense(head, self.num_classes, zero=True, name="logits")(h)
 
     def _spatial(self, head: Style, h: Array, skips: list[Array]) -> Array:

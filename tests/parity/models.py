@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import convert
-from diffax.models import sinusoid
+from diffax import convert, guidance, process, samplers
+from diffax.models import null_conditions, sinusoid
+from tests.parity.diffusion import Chain
 
 
 def nhwc(a):
@@ -109,6 +110,83 @@ def diffusers_unet(meta, inputs, params):
     return {"y": nchw(jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), time, cond))}
 
 
+def glide(model, config, inputs, params):
+    """(network, parameters) of one of GLIDE's classes."""
+    size = inputs["x"].shape[2]
+    architecture = supported(convert.glide.net_config, config, model=model, image_size=size)
+    network, params, _ = load(architecture, convert.glide.table, params)
+    return network, {"params": params}
+
+
+def caption(inputs):
+    mask = inputs.get("mask", np.ones_like(inputs["tokens"]))
+    return jnp.asarray(np.where(mask, inputs["tokens"], -1), jnp.int32)
+
+
+def text_to_image(model):
+    def run(meta, inputs, params):
+        network, params = glide(model, meta["config"], inputs, params)
+        z, cond = nhwc(inputs["x"]), conditions(inputs) | {"text": caption(inputs)}
+        if "Inpaint" in model:
+            zeros = np.zeros_like(inputs["x"])
+            parts = inputs.get("inpaint_image", zeros), inputs.get("inpaint_mask", zeros[:, :1])
+            cond["inpaint"] = nhwc(np.concatenate(parts, 1))
+        text = jax.jit(network.apply, static_argnames="method")(params, cond, z, method="encode_conditions")["text"]
+        y = jax.jit(network.apply)(params, z, clock(inputs), cond)
+        return {"y": nchw(y), "xf_proj": np.asarray(text.vector), "xf_out": nchw(text.sequence)}
+
+    return run
+
+
+def guided_text_to_image(meta, inputs, params):
+    """The published sampler carries a second half of states, of which it shows the network nothing: their eps is that
+    of the first half, their variance the unconditional one. Here only the first half exists; the second is made by
+    hand."""
+    chosen = ("guidance_scale", "timestep_respacing", "noise_schedule")
+    scale, respacing, schedule = (meta["config"][key] for key in chosen)
+    config = {key: value for key, value in meta["config"].items() if key not in chosen}
+    network, params = glide("Text2ImUNet", config, inputs, params)
+    chain = Chain(
+        dict(steps=1000, noise_schedule=schedule, timestep_respacing=respacing, model_var_type="learned_range")
+    )
+    apply = jax.jit(network.apply)
+    clip = [guidance.clip_denoised()]
+
+    def denoise(z, step, text):
+        out = apply(params, z, step.t.time, {"text": text})
+        return process.predict(out, z, step, predicts=chain.predicts, variance=chain.variance)
+
+    (z, other), (noise, other_noise) = (jnp.split(nhwc(inputs[key]), 2) for key in ("x", "sample_noise"))
+    steps = [chain.at(t) for t in np.split(inputs["t"], 2)]
+    text, empty = jnp.split(caption(inputs), 2)
+    null = null_conditions(network)
+    np.testing.assert_array_equal(empty, np.full_like(empty, null["text"]))
+
+    classifier_free = guidance.classifier_free(scale, null)(denoise)
+    eps = classifier_free(z, steps[0], text=text).eps
+    values = [apply(params, z, steps[0].t.time, {"text": tokens})[..., z.shape[-1] :] for tokens in (text, empty)]
+    out = [jnp.concatenate([eps, v], -1) for v in values]
+
+    def mirrored(z, step):
+        return process.predict(out[1], z, step, predicts=chain.predicts, variance=chain.variance)
+
+    guided = guidance.guided(classifier_free, clip)
+    mirrored = guidance.guided(mirrored, clip)
+
+    def both(sampler):
+        first = sampler.step(guided, z, steps[0], noise, (), text=text)
+        second = sampler.step(mirrored, other, steps[1], other_noise, ())
+        return [nchw(jnp.concatenate(pair)) for pair in (first[:1] + second[:1], (first[1].x, second[1].x))]
+
+    p_sample, pred_xstart = both(samplers.ddpm())
+    return {
+        "model_fn": nchw(jnp.concatenate(out)),
+        "p_sample": p_sample,
+        "pred_xstart": pred_xstart,
+        "ddim_sample": both(samplers.ddim(0.0))[0],
+    }
+
+
 def timestep_embedding(meta, inputs, params):
     time = jnp.asarray(inputs["timesteps"])
     return {
@@ -126,5 +204,6 @@ RUNNERS = {
     "guided_diffusion.EncoderUNetModel": classifier,
     "improved_diffusion.UNetModel": unet_model("UNetModel"),
     "improved_diffusion.SuperResModel": unet_model("SuperResModel"),
+    "glide.cfg_model_fn": guided_text_to_image,
     "diffusers.UNet2DModel": diffusers_unet,
-}
+} | {f"glide.{model}": text_to_image(model) for model in convert.glide.MODELS}
