@@ -716,7 +716,7 @@ def _check_low_res(stage: ConfigDict, where: str, before: ConfigDict | None, nam
     if "low_res" not in stage.takes:
         if before is not None:
             raise UserError(f"{where}.takes must hold 'low_res', as {where} comes after config.{name}")
-        if c != stage_defaults().low_res:
+        if c.to_dict() != stage_defaults().low_res.to_dict():
             raise UserError(
                 f"{where}.low_res is set, but {where}.takes has no 'low_res'; add it or leave low_res alone"
             )
