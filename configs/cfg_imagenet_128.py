@@ -44,8 +44,9 @@ def get_config(variant: str = ""):
     config.eval.num = 0  # judging samples by a small classifier is for small data
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
-        stage.data.single = True  # so that a picture has one class
+        stage.data.update(single=True, label="colour")
+        stage.num_classes = 8
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
-        config.eval.update(num=500, batch_size=100, judge="network", guidance=(1.0, 1.5, 2.0, 3.0, 5.0))
+        stage.train.update(steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+        config.eval.update(num=500, batch_size=100, judge="network", guidance=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0))
     return config

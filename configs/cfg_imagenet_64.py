@@ -48,6 +48,6 @@ def get_config(variant: str = ""):
     if "tiny" in parts:
         tiny(config)
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
-        config.eval.update(num=500, batch_size=100, guidance=(1.0, 1.5, 2.0, 3.0, 5.0))
+        stage.train.update(steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+        config.eval.update(num=500, batch_size=100, guidance=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0))
     return config

@@ -141,6 +141,7 @@ STAGE: dict[str, Field] = {
     "data.shuffle_seed": _int(0),
     "data.holdout": Field((), str, lengths=(0, 48)),
     "data.single": Field(False, bool),
+    "data.label": Field("label", str),
     "net.name": _choice("unet", "unet", "classifier"),
     "net.channels": _int(128, 4, 2**16),
     "net.channel_mult": _float((1, 2, 2, 2), 0, 64, above=True, lengths=(1, 12)),
@@ -706,6 +707,8 @@ def _check_conditions(stage: ConfigDict, where: str):
         )
     if stage.data.single and stage.data.name != "shapes":
         raise UserError(f"{where}.data.single is for the data 'shapes', but {where}.data.name is {stage.data.name!r}")
+    if stage.data.label != "label" and stage.data.name in ("folder", "captions"):
+        raise UserError(f"{where}.data.label is for data with several columns, but data.name is {stage.data.name!r}")
     if not stage.data.split:
         raise _bad(f"{where}.data.split", "the name of a split, such as 'train'", "")
 

@@ -70,9 +70,10 @@ def network(section: Mapping[str, Any], *, steps: int = 600) -> Judge:
     config = configs.config_defaults("judge")
     c = config.base
     c.shape, c.num_classes = tuple(section["shape"]), len(source.class_names) or section["num_classes"]
-    c.net.update(name="classifier", pool="adaptive", channels=32, channel_mult=(1, 2, 2), num_res_blocks=1)
-    c.net.update(attention=(), groups=8, resample="biggan")
-    c.train.update(steps=steps, batch_size=128, learning_rate=2e-3, anneal="cosine", warmup_steps=50, ema=())
+    # The means of all activations: behind a last norm, the mean of a channel says next to nothing.
+    c.net.update(name="classifier", pool="spatial", channels=32, channel_mult=(1, 2, 4), num_res_blocks=1)
+    c.net.update(attention=(), groups=8)
+    c.train.update(steps=steps, batch_size=128, learning_rate=1e-3, anneal="cosine", warmup_steps=50, ema=())
     plain = configs.to_dict(config)
 
     def clean(u):
@@ -84,7 +85,8 @@ def network(section: Mapping[str, Any], *, steps: int = 600) -> Judge:
     state = run.create()
     batches = parallel.prefetch(run.where, stream)
     for _, (_, batch) in zip(reporting.progress_bar(range(steps), "training the judge"), batches, strict=False):
-        state, _ = run.step(state, batch)
+        state, metrics = run.step(state, batch)
+        jax.block_until_ready(metrics)  # on CPU devices, many steps in flight wait for each other's threads
     params = jax.device_get(state.params)
 
     @parallel.map_batch

@@ -153,71 +153,66 @@ def write_samples(
 
 
 def run_sample(job: Job) -> None:
-    """Samples from a trained workdir into one picture, or enlarges a picture."""
-    sample_fn = load_trained(job)
-    path = pathlib.Path(job.args.output or job.workdir / ("enlarged.png" if job.args.input else "samples.png"))
+    """Samples from a trained workdir into one picture; or enlarges --input, or held-out pictures of the data."""
+    c, given = job.config["sample"], job.args.input
+    path = pathlib.Path(job.args.output or job.workdir / ("enlarged.png" if given else "samples.png"))
     if job.args.output and path.exists() and not job.args.overwrite:
         raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
+    sample_fn = load_trained(job)
     if parallel.process_index() != 0:
         return
-    if sample_fn.stages[0].low_res or job.args.input:
-        enlarge_input(job, sample_fn, path)
-        return
-    found = write_samples(sample_fn, job.config, path, class_names(job))
-    print(f"samples: {path}")
-    if job.config["sample"]["save"]:
-        for name, pictures in found["made"].items():
-            save_pictures(job.workdir / name, pictures, found.get("label"))
-
-
-def save_pictures(folder: pathlib.Path, pictures: np.ndarray, label: np.ndarray | None) -> None:
-    """Keeps pictures as bytes in ADM's layout, for other programs and for later stages (`--input`)."""
-    images.check_finite(pictures)
-    print(f"samples: {images.save_npz(folder, images.to_uint8(pictures), label)}")
-
-
-def enlarge_input(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path) -> None:
-    """Enlarges --input: a picture, or a file of many smaller samples; by default held-out pictures of the data."""
-    config, c = job.config, job.config["sample"]
-    if len(sample_fn.stages) > 1 or job.args.stage:
+    if given:
         sample_fn = sample_fn.starting_at(job.args.stage or sample_fn.stages[-1].name)
-    first = sample_fn.stages[0]
-    if first.low_res is None:
-        raise UserError(f"{first.name} enlarges no picture; --input; pass --stage=NAME of one that takes 'low_res'")
-    given = str(job.args.input or "")
-    channels = first.shape[-1]
-    if not given:
-        real = evaluate.held_out_examples(config[first.name], min(c["num"], 8))
-        factor = int(np.prod([s.low_res.factor for s in sample_fn.stages]))
-        small, real = (
-            pipeline.smaller(real["image"], first.low_res.factor),
-            real if factor == first.low_res.factor else None,
-        )
-        label = None if real is None else real.get("label")
-    elif given.endswith(".npz"):
-        small, label = images.load_npz(given)
-        small, real = images.as_floats(small[..., :channels]), None
-    else:
-        picture = images.as_floats(images.read_image(given))
-        picture = picture if channels == 3 else picture.mean(-1, keepdims=True)
-        cond = {k: v[0] for k, v in pipeline.sample_conditions(sample_fn.stages, 1).items()}
-        made = pipeline.enlarge(sample_fn, picture, seed=c["seed"], tile=c["tile"], batch_size=c["batch_size"], **cond)
-        images.check_finite(made[None])
-        images.save_png(path.with_name(f"{path.stem}_result.png"), images.to_uint8(made))
-        pipeline.draw_enlargements(path, picture[None], made[None])
-        print(f"input, bicubic and result: {path}\nresult: {path.with_name(f'{path.stem}_result.png')}")
+        if sample_fn.stages[0].low_res is None:
+            name = sample_fn.stages[0].name
+            raise UserError(f"{name} enlarges no picture; --input; pass --stage=NAME of one that takes 'low_res'")
+    if given and not given.endswith(".npz"):
+        enlarge_picture(sample_fn, images.read_image(given), c, path)
         return
+    if given or "low_res" in sample_fn.takes:
+        made, label = enlarge_samples(job, sample_fn, path)
+    else:
+        found = write_samples(sample_fn, job.config, path, class_names(job))
+        made, label = found["made"], found.get("label")
+    print(f"samples: {path}")
+    for name, pictures in made.items() if c["save"] else ():
+        images.check_finite(pictures)
+        print(f"samples: {images.save_npz(job.workdir / name, images.to_uint8(pictures), label)}")
+
+
+def enlarge_picture(sample_fn: pipeline.SampleFn, picture: np.ndarray, c: dict, path: pathlib.Path) -> None:
+    """Enlarges one picture, uint8 [h, w, 3]; writes it beside its bicubic enlargement, and alone."""
+    picture = images.as_floats(picture)
+    if sample_fn.stages[0].shape[-1] == 1:
+        picture = picture.mean(-1, keepdims=True)
+    cond = {k: v[0] for k, v in pipeline.sample_conditions(sample_fn.stages, 1).items()}
+    made = pipeline.enlarge(sample_fn, picture, seed=c["seed"], tile=c["tile"], batch_size=c["batch_size"], **cond)
+    images.check_finite(made[None])
+    alone = path.with_name(f"{path.stem}_result.png")
+    images.save_png(alone, images.to_uint8(made))
+    pipeline.draw_enlargements(path, picture[None], made[None])
+    print(f"input, bicubic and result: {path}\nresult: {alone}")
+
+
+def enlarge_samples(
+    job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Enlarges the samples of an --input file, or held-out pictures; draws the first ones; returns all, and labels."""
+    c, first = job.config["sample"], sample_fn.stages[0]
+    if job.args.input:
+        small, label = images.load_npz(job.args.input)
+        small, real = images.as_floats(small[..., : first.shape[-1]]), None
+    else:
+        found = evaluate.held_out_examples(job.config[first.name], c["num"])
+        small, label = pipeline.smaller(found["image"], first.low_res.factor), found.get("label")
+        real = found["image"] if len(sample_fn.stages) == 1 else None
     cond = pipeline.sample_conditions(sample_fn.stages, len(small))
     if cond and label is not None:
         cond["label"] = label.astype(np.int32)
     made = sample_fn(c["seed"], image=small, batch_size=c["batch_size"], every_stage=True, **cond)
     last = made[sample_fn.stages[-1].name]
-    shown = slice(0, 8)
-    pipeline.draw_enlargements(path, small[shown], last[shown], None if real is None else real["image"][shown])
-    print(f"input, bicubic and result of the first ones: {path}")
-    if c["save"]:
-        for name, pictures in made.items():
-            save_pictures(job.workdir / name, pictures, cond.get("label"))
+    pipeline.draw_enlargements(path, small[:8], last[:8], None if real is None else real[:8])
+    return made, cond.get("label")
 
 
 def run_evaluate(job: Job) -> None:

@@ -354,7 +354,7 @@ def load(
     """
     workdir = pathlib.Path(source)
     if config is None and (workdir / "config.json").exists():
-        config = read_config(workdir)
+        config = configs.to_dict(configs.from_dict(read_config(workdir)))  # fields that are newer than it get defaults
     elif config is None:
         config = _named_config(source)
         workdir = pathlib.Path("runs") / default_name(source)

@@ -70,6 +70,11 @@ def ddim(eta: float | Array = 0.0) -> Sampler:
 # extrapolate the prediction x (or eps) from what earlier steps saw.
 
 
+# Where sigma is a tenth of a pixel value. A step to there may be many times longer than those before it in lambda (the
+# continuous schedule ends at logsnr 20), and extrapolating over it would magnify every difference between them.
+NEARLY_CLEAN = 14.0
+
+
 def half_logsnr(logsnr: Array) -> Array:
     """lambda = log(alpha / sigma)."""
     return logsnr / 2
@@ -77,7 +82,10 @@ def half_logsnr(logsnr: Array) -> Array:
 
 def heun() -> Sampler:
     """Heun's method of second order on dz'/dsigma' = eps, with z' = z / alpha, sigma' = sigma / alpha (Karras et al.
-    2022, algorithm 1 without churn). Two evaluations a step, of which the last step, to clean data, uses one."""
+    2022, algorithm 1 without churn). Two evaluations a step, of which the last step, to clean data, uses one.
+
+    Wants steps of like length in log-SNR ('logsnrN'): sigma' falls from 22,000 where a schedule starts at log-SNR -20.
+    """
 
     def step(denoise: Denoiser, z, step: Transition, noise, memory, **cond):
         t, s = step.t, step.s
@@ -138,7 +146,7 @@ def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
       predicts: which prediction is extrapolated.
 
     Returns:
-      The sampler; a step that ends clean is of order 1.
+      The sampler; a step that ends clean, or nearly so, is of order 1.
 
     Raises:
       ValueError: unknown order or prediction.
@@ -151,7 +159,7 @@ def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
         m0 = p.x if predicts == "x" else p.eps
         lam_t, lam_s = half_logsnr(step.t.logsnr), half_logsnr(step.s.logsnr)
         h = expand(lam_s - lam_t, z)
-        level = jnp.where(step.s.is_clean, 1, memory.orders[memory.i])
+        level = jnp.where(step.s.logsnr > NEARLY_CLEAN, 1, memory.orders[memory.i])
         level = expand(level, z)
         # the differences of earlier predictions, over their distance in units of h
         r0 = expand(lam_t - memory.at[0], z) / h
@@ -191,7 +199,8 @@ def unipc() -> Sampler:
             return expand(to_sigma / from_sigma, z) * start - expand(level_alpha, z) * a * (x0 + extra)
 
         # Corrector: the last step again, now that x is known where it ended.
-        last, order = memory.i - 1, memory.orders[memory.i - 1]
+        last, order = memory.i - 1, jnp.where(step.t.logsnr > NEARLY_CLEAN, 1, memory.orders[memory.i - 1])
+        order = expand(order, z)
         h = expand(lam_t - memory.at[0], z)
         from_sigma = jnp.sqrt(jax.nn.sigmoid(-2 * memory.at[0]))
         r = expand(memory.at[1] - memory.at[0], z) / h
@@ -211,7 +220,7 @@ def unipc() -> Sampler:
         h = expand(lam_s - lam_t, z)
         r = expand(memory.at[0] - lam_t, z) / h
         slope = 0.5 * (memory.seen[0] - p.x) / r
-        second_order = (memory.orders[memory.i] >= 2) & ~step.s.is_clean
+        second_order = (memory.orders[memory.i] >= 2) & (step.s.logsnr <= NEARLY_CLEAN)
         extra = jnp.where(expand(second_order, z), slope, 0.0)
         out = solve(z, step.s.alpha, step.t.sigma, step.s.sigma, h, p.x, extra)
         return out, p, _push(memory, p.x, lam_t, z)

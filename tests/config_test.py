@@ -7,6 +7,7 @@ import pathlib
 import textwrap
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -30,6 +31,8 @@ PUBLISHED = {
     "adm_lsun_cat": 552_814_086,
     "adm_lsun_horse": 552_814_086,
     "adm_lsun_horse:nodropout": 552_814_086,
+    "adm_upsample_64_256 up": 311_795_910,
+    "adm_upsample_128_512 up": 308_835_270,
     # The authors published none: ADM's network with 3 channels out and one more row of labels.
     "cfg_imagenet_64": 295_900_035,
     "cfg_imagenet_128": 421_523_715,
@@ -43,6 +46,15 @@ PUBLISHED = {
     "iddpm_imagenet_64": 121_063_942,
     "iddpm_imagenet_64:vlb": 121_063_942,
     "iddpm_imagenet_64:cond": 273_049_350,
+    "iddpm_upsample_64_256 up": 279_792_390,
+}
+# CDM's authors published no counts. These were counted on OpenAI's U-Net, to a million. The stage that is told how much
+# noise its smaller picture has owns a second clock besides: 256 -> 1024 -> 1024.
+COUNTED = {
+    "cascade_64 base": (826e6, 825_505_542),
+    "cascade_64 up": (750e6, 750_377_990 + (256 * 1024 + 1024) + (1024 * 1024 + 1024)),
+    "cascade_128 up_128": (575e6, 575_283_203),
+    "cascade_256 up_256": (634e6, 634_046_467),
 }
 # A config and section as above: the published model whose options are on file.
 ON_FILE = {
@@ -55,6 +67,10 @@ ON_FILE = {
     "adm_lsun_cat": "lsun_cat",
     "adm_lsun_horse": "lsun_horse",
     "adm_lsun_horse:nodropout": "lsun_horse_nodropout",
+    "adm_upsample_64_256 up": "64_256_upsampler",
+    "adm_upsample_128_512 up": "128_512_upsampler",
+    "iddpm_imagenet_64:cond": "improved-diffusion/imagenet64_cond_270M_250K",
+    "iddpm_upsample_64_256 up": "improved-diffusion/upsample_cond_500K",
 }
 MANIFEST = pathlib.Path(__file__).parent / "golden" / "manifest_full_size.json"
 SPECS = [
@@ -120,7 +136,7 @@ def test_config_is_valid_and_survives_json(spec):
 
 def test_every_config_describes_itself():
     found = configs.available()
-    assert {"quickstart", *(key.split()[0].split(":")[0] for key in PUBLISHED)} == set(found)
+    assert {"quickstart", *(key.split()[0].split(":")[0] for key in PUBLISHED | COUNTED)} == set(found)
     for name, (summary, variants) in found.items():
         assert summary and "tiny" in variants, name
         assert configs.load(name).name.startswith(name)
@@ -141,8 +157,19 @@ def test_tiny_keeps_the_method(spec):
         for path in ("optimizer", "weight_decay"):
             assert small.train[path] == large.train[path]
         assert set(small.takes) >= set(large.takes) and (small.num_classes > 0) >= (large.num_classes > 0)
-        assert small.data.name in configs.EMBEDDED
-        assert math.prod(small.shape) <= 16 * 16 * 3 and small.net.channels <= 32
+        for path in ("noise", "level", "truncated", "blur", "blur_sigma", "round", "jpeg"):
+            assert small.low_res[path] == large.low_res[path]
+        assert small.schedule.continuous == large.schedule.continuous
+        assert small.data.name in configs.EMBEDDED and small.net.channels <= 32
+        # What training looks at: of a stage that enlarges, perhaps a window.
+        side = small.low_res.crop or max(small.shape[:2])
+        assert side <= (32 if "low_res" in small.takes else 16) and max(small.shape[:2]) <= 64
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if "tiny" in s])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_tiny_runs_on_any_number_of_devices(spec, devices):
+    configs.validate(configs.load(spec), device_count=devices)
 
 
 @functools.cache  # several configs have one network, and tracing it takes seconds
@@ -162,6 +189,16 @@ def test_parameters_are_as_many_as_published(key, count):
     assert parameters(model.net, model.shape) == count
 
 
+@pytest.mark.parametrize("key, about, count", [(key, *counts) for key, counts in COUNTED.items()])
+def test_parameters_are_as_many_as_counted(key, about, count):
+    from diffax import stages
+
+    config, section = section_of(key)
+    model = stages.build(configs.to_dict(config), section)
+    assert parameters(model.net, model.shape) == count
+    assert abs(count / about - 1) < 0.01
+
+
 @pytest.mark.skipif(not MANIFEST.exists(), reason="no manifest_full_size.json in the golden folder")
 @pytest.mark.parametrize("key, model", ON_FILE.items())
 def test_networks_have_the_published_options(key, model):
@@ -170,10 +207,11 @@ def test_networks_have_the_published_options(key, model):
 
     config, name = section_of(key)
     section = configs.to_dict(config)[name]
-    entry = json.loads(MANIFEST.read_text())["models"][f"guided-diffusion/{model}"]
+    model = model if "/" in model else f"guided-diffusion/{model}"
+    entry = json.loads(MANIFEST.read_text())["models"][model]
     args, size = entry["args"], section["shape"][0]
     published = openai.net_config(entry["constructor"], model=entry["class"], image_size=size)
-    assert tuple(section["shape"]) == published.shape
+    assert tuple(section["shape"]) == published.shape and set(section["takes"]) == set(published.takes)
     passed_over = ["remat", *(["heads", "heads_up"] if published.net["head_channels"] else [])]
     for field, value in published.net.items():
         if field not in passed_over:
@@ -181,10 +219,13 @@ def test_networks_have_the_published_options(key, model):
             assert (tuple(found) if isinstance(found, list) else found) == value, field
     if "noise_schedule" in args:
         assert section["schedule"]["name"] == args["noise_schedule"]
-        assert section["schedule"]["steps"] == args["diffusion_steps"] == 1000
+        assert section["schedule"]["steps"] == args["diffusion_steps"]
         assert section["schedule"]["rescale_time"] == args["rescale_timesteps"]
         assert (section["variance"] == "learned_range") == args["learn_sigma"]
         assert section["num_classes"] == (1000 if args["class_cond"] else 0)
+    if "large_size" in args:
+        assert (section["shape"][0], section["low_res"]["factor"]) == (args["large_size"], 4)
+        assert args["large_size"] == 4 * args["small_size"]
 
 
 def test_hyper_parameters_of_the_papers():
@@ -269,6 +310,103 @@ def test_recipes_of_classifier_free_guidance(spec, variance, drop, steps, batch)
     assert stage.guidance == ("classifier_free", "clip_denoised")
     assert stage.net == adm.net and stage.train.learning_rate == adm.train.learning_rate
     assert (stage.train.steps, stage.train.batch_size) == (steps, batch)
+
+
+# CDM's recipe, {section: channel_mult, depth, attention at these pixels, heads, dropout, batch, steps of training, T,
+# steps of sampling}.
+CDM = {
+    "base": ((1, 2, 3, 4), 6, {8, 16}, 4, 0.1, 2048, 700_000, 4000, 4000),
+    "up_64": ((1, 2, 3, 4), 5, {8, 16}, 4, 0.1, 2048, 400_000, 4000, 4000),
+    "up_128": ((1, 2, 4, 8, 8), 3, {16}, 1, 0.0, 1024, 500_000, 2000, 100),
+    "up_256": ((1, 2, 4, 4, 8, 8), 3, {16}, 1, 0.0, 1024, 500_000, 2000, 100),
+}
+
+
+@pytest.mark.parametrize("name", CDM)
+def test_recipes_of_cascades(name):
+    config = configs.load("cascade_256" if name == "up_256" else "cascade_128")
+    stage, net, train = config[name], config[name].net, config[name].train
+    mult, depth, attention, heads, dropout, batch, steps, length, sampled = CDM[name]
+    assert (net.channel_mult, net.num_res_blocks, net.heads, net.dropout) == (mult, depth, heads, dropout)
+    assert {stage.shape[0] // factor for factor in net.attention} == attention
+    assert net.channels == (256 if name in ("base", "up_64") else 128)
+    assert (train.batch_size, train.steps, train.learning_rate, train.ema) == (batch, steps, 1e-4, (0.9999,))
+    assert train.optimizer == "adam" and stage.schedule.steps == length
+    assert int(stage.steps or length) == sampled
+    # The label at every stage, guidance at none.
+    assert stage.takes == (("label",) if name == "base" else ("label", "low_res")) and stage.num_classes == 1000
+    assert stage.guidance == ("clip_denoised",) and not stage.drop
+    c = stage.low_res
+    if name in ("base", "up_64"):
+        assert (stage.variance, stage.loss.name, stage.schedule.name) == ("learned_range", "hybrid", "cosine")
+        assert stage.loss.weight == length / 1000 and not stage.schedule.continuous
+    else:
+        assert (stage.variance, stage.loss.name, stage.schedule.continuous) == ("fixed_large", "simple", True)
+        assert (c.noise, c.blur, c.blur_sigma) == (0, 0.5, (0.4, 0.6))
+    if name == "up_64":
+        # Any amount of noise in training; in sampling what was best of 4000 steps, between 751 and 1251.
+        assert (c.noise, c.blur) == (1, 0) and 751 <= c.level * 4000 <= 1251 and not c.truncated
+    assert c.factor == {"up_256": 4, "base": 4}.get(name, 2)
+
+
+@pytest.mark.parametrize("spec", ["cascade_128", "cascade_256"])
+def test_cascades_share_their_first_stages(spec):
+    config, to_64 = configs.load(spec), configs.load("cascade_64")
+    assert config.stages == ("base", "up_64", spec.replace("cascade", "up")) and to_64.stages == ("base", "up")
+    assert config.base == to_64.base and config.up_64 == to_64.up
+    assert [config[name].shape[0] for name in config.stages] == [32, 64, int(spec.split("_")[1])]
+
+
+@pytest.mark.parametrize("name", ["cascade_128", "cascade_256"])
+def test_betas_of_the_continuous_stages(name):
+    """From 1e-6 to 1e-2 over 2000 steps (SR3), where the schema's numbers are for 1000."""
+    from diffax import schedules
+
+    c = configs.load(name)[name.replace("cascade", "up")].schedule
+    betas = schedules.BETAS[c.name](c.steps, c.beta_start, c.beta_end)
+    assert betas == pytest.approx(np.linspace(1e-6, 1e-2, 2000), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec, steps, rate, length, schedule, flip",
+    [
+        ("adm_upsample_64_256", 500_000, 1e-4, 1000, "linear", True),
+        ("adm_upsample_128_512", 1_050_000, 1e-4, 1000, "linear", True),
+        ("iddpm_upsample_64_256", 500_000, 3e-4, 4000, "linear", False),
+    ],
+)
+def test_recipes_of_upsamplers(spec, steps, rate, length, schedule, flip):
+    config = configs.load(spec)
+    stage, train = config.up, config.up.train
+    assert config.stages == ("up",) and "base" not in config
+    assert (train.steps, train.batch_size, train.learning_rate, train.ema) == (steps, 256, rate, (0.9999,))
+    assert (train.optimizer, train.weight_decay, train.clip, train.warmup_steps) == ("adamw", 0, 0, 0)
+    assert (stage.schedule.name, stage.schedule.steps, stage.data.flip) == (schedule, length, flip)
+    # Published without rescaling, so the bound has weight 1 whatever T is.
+    assert (stage.loss.name, stage.loss.weight, stage.schedule.rescale_time) == ("hybrid", 1, False)
+    assert stage.guidance == ("clip_denoised",) and stage.steps == "250"
+    c = stage.low_res
+    assert (c.factor, c.noise, c.blur, c.round, c.jpeg, c.crop) == (4, 0, 0, False, (), 0)
+
+
+@pytest.mark.parametrize(
+    "spec, shapes",
+    [
+        ("cascade_64:tiny", {"base": (16, 16, 3), "up": (32, 32, 3)}),
+        ("cascade_128:tiny", {"base": (8, 8, 3), "up_64": (16, 16, 3), "up_128": (32, 32, 3)}),
+        ("cascade_256:tiny", {"base": (8, 8, 3), "up_64": (16, 16, 3), "up_256": (32, 32, 3)}),
+        ("adm_upsample_64_256:tiny", {"up": (64, 64, 3)}),
+        ("adm_upsample_128_512:tiny", {"up": (64, 64, 3)}),
+        ("iddpm_upsample_64_256:tiny", {"up": (32, 32, 1)}),
+    ],
+)
+def test_sizes_of_tiny_cascades(spec, shapes):
+    config = configs.load(spec)
+    assert {name: config[name].shape for name in config.stages} == shapes
+    if spec.startswith("cascade"):
+        assert config.eval.judge == "network"
+        assert all(config[name].data.single and config[name].num_classes == 6 for name in shapes)
+    assert bool(config.eval.levels) == (config.stages == ("base", "up")), "where the last stage has a level"
 
 
 @pytest.mark.parametrize("spec", ["adm_imagenet_128:tiny", "adm_classifier_128:tiny", "cfg_imagenet_128:tiny"])
@@ -644,6 +782,8 @@ CLASSIFIER = {"base.net.name": "classifier", "base.num_classes": 10}
         ({"eval.samplers": ("ddpm", "euler")}, ["config.eval.samplers", "dpm_solver_pp_2m", "euler"]),
         ({"eval.samplers": ("ddmp",)}, ["config.eval.samplers", "did you mean ddpm"]),
         ({"eval.guidance": (1.0, math.nan)}, ["config.eval.guidance", "a number", "nan"]),
+        ({"eval.guidance": (1.0, 2.0)}, ["config.eval.guidance", "no stage is guided", "'classifier_free'"]),
+        ({"eval.levels": (0.0, 1.5)}, ["config.eval.levels", "[0, 1]", "1.5"]),
         ({"eval.judge": "inception"}, ["config.eval.judge", "'svc', 'network'"]),
         ({"base.data.name": "digits", "base.data.single": True}, ["config.base.data.single", "shapes", "digits"]),
         ({"base.drop": 0.1}, ["config.base.drop", "config.base.takes", "'label'"]),
@@ -732,7 +872,8 @@ def test_what_needs_a_discrete_schedule(changes, field):
         {"base.steps": "trailing10", "eval.steps": ("trailing1000", "quad10", "quad1000", "logsnr10", "logsnr1000")},
         {"base.steps": "quad10"},
         {"base.steps": "logsnr10"},
-        {"eval.samplers": configs.SAMPLERS, "eval.guidance": (0, 1.5, -1.0), "eval.judge": "network"},
+        {"eval.samplers": configs.SAMPLERS, "eval.judge": "network"},
+        LABELLED | {"base.drop": 0.1, "base.guidance": ("classifier_free",), "eval.guidance": (0, 1.5, -1.0)},
         LABELLED | {"base.drop": 0.1},
         LABELLED | {"base.drop": 0.5, "base.guidance": ("classifier_free", "dynamic_threshold")},
         {"base.data.name": "shapes", "base.data.single": True, "base.data.holdout": ("red circle",)},
@@ -783,6 +924,7 @@ def cascade() -> ConfigDict:
         config.up = configs.stage_defaults()
     config.stages = ("base", "up")
     config.up.update(shape=(64, 64, 3), takes=("low_res",))
+    config.up.low_res.factor = 2
     return config
 
 
@@ -796,6 +938,139 @@ def test_every_stage_is_checked():
     config = cascade()
     configs.override(config, ["config.up.train.steps=5"])
     assert config.up.train.steps == 5 and config.base.train.steps != 5
+
+
+UPSAMPLER = {"stages": ("up",)}
+NOISED = {"up.low_res.noise": 1.0, "up.low_res.level": 0.25}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        UPSAMPLER,
+        UPSAMPLER | {"up.low_res.factor": 4, "up.shape": (64, 128, 3)},
+        UPSAMPLER | {"up.shape": (24, 40, 1), "up.low_res.factor": 8},
+        NOISED,
+        NOISED | {"up.low_res.level": 1.0},
+        {"up.low_res.noise": 0.5, "up.low_res.level": 0.5},
+        {"up.low_res.blur": 0.5},
+        {"up.low_res.blur": 1.0, "up.low_res.blur_sigma": (0.5, 0.5), "up.low_res.round": False},
+        {"up.low_res.jpeg": (30, 95)},
+        {"up.low_res.jpeg": (75,)},
+        {"up.low_res.crop": 8},
+        {"up.low_res.crop": 64},
+        {"up.low_res.crop": 12, "up.net.channel_mult": (1, 2), "up.net.attention": (2,)},
+        NOISED | {"up.low_res.truncated": True},
+        NOISED | {"up.low_res.truncated": True, "base.steps": "100"},
+        {
+            "base.shape": (16, 16, 3),
+            "up.low_res.factor": 4,
+            "up.takes": ("label", "low_res"),
+            "up.num_classes": 10,
+        },
+        {
+            **NOISED,
+            **{f"{name}.schedule.name": "cosine_logsnr" for name in ("base", "up")},
+            **{f"{name}.steps": "50" for name in ("base", "up")},
+            "up.low_res.truncated": True,
+        },
+        {"base.low_res.crop": 0},  # as by default
+    ],
+)
+def test_low_res_that_fits(changes):
+    config = cascade()
+    for path, value in changes.items():
+        put(config, f"config.{path}", value)
+    configs.validate(config)
+    assert configs.from_dict(configs.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"up.takes": ()}, ["config.up.takes", "'low_res'", "config.base"]),
+        ({"base.low_res.noise": 0.5}, ["config.base.low_res", "config.base.takes", "'low_res'"]),
+        (UPSAMPLER | {"up.takes": ()}, ["config.up.low_res", "config.up.takes"]),
+        ({"up.low_res.factor": 3}, ["config.up.low_res.factor", "(64, 64, 3)", "got 3"]),
+        (
+            {"up.low_res.factor": 4},
+            ["config.up.low_res.factor", "(16, 16, 3)", "config.base.shape", "(32, 32, 3)"],
+        ),
+        (
+            {"base.shape": (32, 32, 1)},
+            ["config.up.low_res.factor", "(32, 32, 3)", "config.base.shape", "(32, 32, 1)"],
+        ),
+        ({"up.low_res.level": 0.1}, ["config.up.low_res.level", "config.up.low_res.noise", "0.1"]),
+        (
+            {"up.low_res.noise": 0.2, "up.low_res.level": 0.3},
+            ["config.up.low_res.level", "at most", "0.2", "got 0.3"],
+        ),
+        ({"up.low_res.blur_sigma": (0.6, 0.4)}, ["config.up.low_res.blur_sigma", "lowest first"]),
+        ({"up.low_res.jpeg": (95, 30)}, ["config.up.low_res", "jpeg", "lowest first", "95"]),
+        ({"up.low_res.crop": 12}, ["config.up.low_res.crop", "multiple of 8", "got 12"]),
+        ({"up.low_res.crop": 72}, ["config.up.low_res.crop", "at most 64", "got 72"]),
+        (UPSAMPLER | NOISED | {"up.low_res.truncated": True}, ["config.up.low_res.truncated", "stage before"]),
+        ({"up.low_res.truncated": True}, ["config.up.low_res.truncated", "level above 0", "level 0"]),
+        (
+            NOISED | {"up.low_res.truncated": True, "up.schedule.name": "cosine"},
+            ["config.up.low_res.truncated", "schedule", "config.base"],
+        ),
+        (
+            NOISED | {"up.low_res.truncated": True, "up.low_res.level": 1.0},
+            ["config.up.low_res.level 1", "before its first step"],
+        ),
+        (
+            NOISED | {"up.low_res.truncated": True, "up.low_res.level": 0.9, "base.steps": "5"},
+            ["config.up.low_res.level 0.9", "before its first step"],
+        ),
+    ],
+)
+def test_low_res_that_does_not_fit(changes, words):
+    config = cascade()
+    for path, value in changes.items():
+        put(config, f"config.{path}", value)
+    message = one_line(configs.validate, config)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"base.steps": "quad20", "base.schedule.steps": 2000},
+        {"base.steps": "logsnr20", "base.variance": 0.3, "base.predicts": "x"},
+        {"base.schedule.name": "cosine"},
+        {"base.schedule.name": "const", "eval.steps": ("10", "20")},
+    ],
+)
+def test_a_chain_may_be_made_continuous(changes):
+    config = defaults()
+    for path, value in ({"base.schedule.continuous": True, "base.steps": "100"} | changes).items():
+        put(config, f"config.{path}", value)
+    configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"base.steps": ""}, ["config.base.steps", "'N', 'quadN' or 'logsnrN'"]),
+        ({"base.steps": "ddim50"}, ["config.base.steps", "ddim50"]),
+        ({"base.steps": "10,10"}, ["config.base.steps", "continuous"]),
+        ({"eval.steps": ("50", "ddim50")}, ["config.eval.steps", "ddim50"]),
+        ({"base.loss.name": "vlb"}, ["config.base.loss.name", "continuous"]),
+        ({"base.loss.name": "hybrid", "base.variance": "learned_range"}, ["config.base.loss.name", "continuous"]),
+        ({"base.timesteps.name": "loss_second_moment"}, ["config.base.timesteps.name", "continuous"]),
+        ({"base.predicts": "previous_x"}, ["config.base.predicts", "continuous"]),
+        ({"base.schedule.name": "jsd"}, ["config.base.schedule", "(0, 1)"]),  # its last beta is 1
+        ({"base.schedule.beta_start": 0.1}, ["config.base.schedule.beta_start", "beta_end"]),
+    ],
+)
+def test_what_a_continuous_chain_cannot_have(changes, words):
+    config = defaults()
+    for path, value in ({"base.schedule.continuous": True, "base.steps": "100"} | changes).items():
+        put(config, f"config.{path}", value)
+    message = one_line(configs.validate, config)
+    assert all(word in message for word in words), message
 
 
 def guided(**changes) -> ConfigDict:

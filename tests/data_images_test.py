@@ -1,6 +1,7 @@
 """Decoding and the crop recipes, against float64 resampling written here from its definition."""
 
 import io
+import itertools
 import math
 import struct
 import zlib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffax.data import image_ops
+from diffax.data import Source, batches, image_ops
 from diffax.data.image_ops import BadRecord
 
 
@@ -281,3 +282,91 @@ def test_png_round_trip():
         image = picture(7, 9, channels)
         data = image_ops.encode_png(image).read()
         np.testing.assert_array_equal(image_ops.decode(data, channels=channels), image)
+
+
+# ---- smaller pictures ----
+
+
+@pytest.mark.parametrize(("height", "width", "factor"), [(24, 24, 4), (12, 20, 2), (9, 15, 3)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_smaller_is_the_rounded_mean_of_squares(height, width, factor, channels):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    got = image_ops.smaller(image, factor)
+    assert got.dtype == np.uint8 and got.shape == (height // factor, width // factor, channels)
+    exact = resized(image.astype(float), *got.shape[:2], box, 0.5)
+    assert np.abs(got - exact).max() <= 0.5 + 1e-9
+
+
+def pale(height, width, channels=3, seed=0):
+    """Like `picture`, in faint colours: a JPEG halves the resolution of colour."""
+    colours = picture(height, width, seed=seed).astype(float)
+    return (0.9 * colours.mean(-1, keepdims=True) + 0.1 * colours).astype(np.uint8)[..., :channels]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_smaller_picture_may_have_been_a_jpeg(channels):
+    image = pale(64, 48, channels)
+    plain = image_ops.smaller(image, 4).astype(float)
+    errors = []
+    for quality in (20, 60, 95):
+        got = image_ops.smaller(image, 4, jpeg_quality=quality)
+        assert got.dtype == np.uint8 and got.shape == (16, 12, channels)
+        assert got.tobytes() == image_ops.smaller(image, 4, jpeg_quality=quality).tobytes()
+        errors.append(np.sqrt(np.mean((got - plain) ** 2)))
+    assert errors[0] > errors[1] > errors[2] > 0, "worse at lower quality, but never the same"
+    assert errors[0] < 25 and errors[2] < 6, "and close"
+
+
+DATA = {"flip": True, "crop": "random", "max_bad": 0, "workers": 0, "shuffle_seed": 0}
+
+
+def pairs(count, *, low_res, workers=0, **kwargs):
+    """Batches of pictures of 24 pixels and their smaller versions, from 10 smooth records of 40 by 30."""
+    source = Source("toy", 10, lambda i: {"image": pale(40, 30, seed=i), "label": np.int32(i)}, ("label",))
+    settings = {"shape": (24, 24, 3), "batch_size": 8, "seed": 3} | kwargs
+    return list(itertools.islice(batches(source, DATA | {"workers": workers}, low_res=low_res, **settings), count))
+
+
+def mean_of_squares(x, factor):
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // factor, factor, width // factor, factor, channels).mean((2, 4))
+
+
+@pytest.mark.parametrize(("factor", "jpeg"), [(2, (95,)), (4, (90, 95))])
+def test_batches_hold_pictures_beside_their_smaller_versions(factor, jpeg):
+    plain = pairs(3, low_res=None)
+    for batch, without in zip(pairs(3, low_res={"factor": factor, "jpeg": jpeg}), plain, strict=True):
+        assert batch["low_res"].shape == (8, 24 // factor, 24 // factor, 3) and batch["low_res"].dtype == np.float32
+        assert np.abs(batch["low_res"]).max() <= 1 and "low_res" not in without
+        np.testing.assert_array_equal(batch["image"], without["image"])
+        # Of the same window, turned the same way: nearer to its own picture than to any other or to its mirror image.
+        means = mean_of_squares(batch["image"], factor)
+        distance = np.sqrt(np.mean((batch["low_res"][:, None] - means[None]) ** 2, axis=(2, 3, 4)))
+        assert (distance.diagonal() < 0.1).all() and (distance.diagonal() > 0).all()
+        mirrored = np.sqrt(np.mean((batch["low_res"] - means[:, :, ::-1]) ** 2, axis=(1, 2, 3)))
+        assert (distance.diagonal() < mirrored / 2).all()
+
+
+def test_smaller_versions_depend_on_seed_and_position_alone():
+    low_res = {"factor": 2, "jpeg": (20, 95)}
+    straight = pairs(6, low_res=low_res)
+    for again in (pairs(3, low_res=low_res, start_step=3), pairs(6, low_res=low_res, workers=1)[3:]):
+        for a, b in zip(straight[3:], again, strict=True):
+            np.testing.assert_array_equal(a["low_res"], b["low_res"])
+    halves = [pairs(6, low_res=low_res, process_index=i, process_count=2) for i in range(2)]
+    for whole, *parts in zip(straight, *halves, strict=True):
+        np.testing.assert_array_equal(whole["low_res"], np.concatenate([part["low_res"] for part in parts]))
+    other = pairs(6, low_res=low_res, seed=4)
+    assert any(not np.array_equal(a["low_res"], b["low_res"]) for a, b in zip(straight, other, strict=True))
+
+
+def test_qualities_are_drawn_from_the_whole_range():
+    batch = pairs(1, low_res={"factor": 2, "jpeg": (20, 22)}, batch_size=40)[0]
+    image = np.round((batch["image"] + 1) * 127.5).astype(np.uint8)
+    small = np.round((batch["low_res"] + 1) * 127.5).astype(np.uint8)
+    found = [
+        {q for q in (19, 20, 21, 22, 23) if np.array_equal(image_ops.smaller(x, 2, jpeg_quality=q), y)}
+        for x, y in zip(image, small, strict=True)
+    ]
+    assert all(found) and {min(f) for f in found if len(f) == 1} >= {20, 21, 22}
+    assert not any(f <= {19, 23} for f in found)

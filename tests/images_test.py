@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffax import images
 from diffax.errors import RunError, UserError
+from tests.data_images_test import cubic, resized
 
 RNG = np.random.default_rng(0)
 
@@ -258,3 +259,81 @@ def test_loss_curve_is_drawn_and_follows_the_data(tmp_path):
     images.loss_curve(path, rows[:1], ["loss"])
     with pytest.raises(UserError, match="no metrics to draw among absent"):
         images.loss_curve(path, rows, ["absent"])
+
+
+# ---- enlarging ----
+
+
+@pytest.mark.parametrize(("factor", "size"), [(2, (9, 14)), (4, (8, 8)), (3, (5, 4))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bicubic_is_the_kernel_and_what_pillow_makes_of_bytes(factor, size, channels):
+    height, width = factor * size[0], factor * size[1]
+    noise = RNG.integers(0, 256, (2, *size, channels), np.uint8)
+    # Pillow rounds and clips bytes after each of its two passes, which shows where pictures are not smooth.
+    smooth = np.stack([images.to_uint8(0.4 * np.cos(np.indices((*size, channels)).sum(0) / 3 + i)) for i in range(2)])
+    for tiles in (noise, smooth):
+        got = images.bicubic(images.from_uint8(tiles), factor)
+        assert got.shape == (2, height, width, channels) and got.dtype == np.float32 and np.abs(got).max() <= 1
+        want = [resized(tile.astype(np.float64), height, width, cubic, 2) for tile in tiles]
+        np.testing.assert_allclose((got + 1) * 127.5, want, atol=1e-3)
+    for tile, large in zip(smooth, got, strict=True):
+        image = Image.fromarray(tile[..., 0] if channels == 1 else tile)
+        bytes_ = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).reshape(large.shape)
+        assert np.abs((large + 1) * 127.5 - bytes_).max() < 1.2, (
+            "two roundings, the first of which the filter magnifies"
+        )
+
+
+SIZES = [(1, 1), (7, 30), (8, 8), (9, 8), (13, 21), (64, 17), (40, 40)]
+TILES = [(8, 2), (8, 0), (6, 5), (16, 4)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("tile", "overlap"), TILES)
+def test_tiles_of_a_picture_give_it_back(size, tile, overlap):
+    picture = RNG.uniform(-1, 1, (*size, 3)).astype(np.float32)
+    corners, covered = images.tile_corners(size, tile, overlap=overlap)
+    extended = images.pad_reflecting(picture, covered)
+    assert extended.shape == (*covered, 3)
+    tiles = np.stack([extended[y : y + tile, x : x + tile] for y, x in corners])
+    assert tiles.shape == (len(corners), tile, tile, 3), "every tile is whole"
+    whole = images.blend_tiles(tiles, corners, overlap=overlap)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(whole, extended, atol=1e-6)
+    np.testing.assert_array_equal(extended[: size[0], : size[1]], picture)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("tile", "overlap"), TILES)
+def test_there_are_no_more_tiles_than_needed(size, tile, overlap):
+    corners, covered = images.tile_corners(size, tile, overlap=overlap)
+    assert len(set(corners)) == len(corners)
+    for axis in (0, 1):
+        starts = sorted({corner[axis] for corner in corners})
+        assert starts == [i * (tile - overlap) for i in range(len(starts))]
+        assert covered[axis] == starts[-1] + tile >= size[axis]
+        assert len(starts) == 1 or starts[-2] + tile < size[axis], "the last one is needed"
+
+
+@pytest.mark.parametrize("size", [(6, 4), (7, 10), (25, 31)])
+def test_pictures_are_extended_by_their_mirror_image(size):
+    picture = RNG.integers(0, 256, (6, 4, 3), np.uint8)
+    got = images.pad_reflecting(picture, size)
+    # A mirror image of the whole, and of that again: period 2 h, as often as it takes.
+    twice = np.concatenate([picture, picture[::-1]])
+    twice = np.concatenate([twice, twice[:, ::-1]], axis=1)
+    want = np.tile(twice, (3, 4, 1))[: size[0], : size[1]]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_neighbouring_tiles_fade_into_each_other():
+    """Of a black and a white tile: a ramp over the overlap, with no step larger than its share."""
+    tile, overlap = 16, 4
+    corners, _ = images.tile_corners((tile, 28), tile, overlap=overlap)
+    assert corners == [(0, 0), (0, 12)]
+    tiles = np.stack([np.full((tile, tile, 1), value, np.float32) for value in (-1, 1)])
+    blended = images.blend_tiles(tiles, corners, overlap=overlap)[..., 0]
+    np.testing.assert_allclose(blended, np.broadcast_to(blended[:1], blended.shape), atol=1e-6)
+    row = blended[0]
+    assert (row[:12] == -1).all() and (row[16:] == 1).all()
+    np.testing.assert_allclose(np.diff(row)[11:16], 2 / (overlap + 1), atol=1e-6)

@@ -82,6 +82,28 @@ def test_order_of_convergence(name, order):
     assert errors[-1] < 5e-6 or max(measured) > order - 0.4, f"errors {errors}, orders {measured}"
 
 
+@pytest.mark.parametrize("name", ["dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc"])
+@pytest.mark.parametrize("steps", ["10", "20", "50"])
+def test_the_long_last_step_of_a_continuous_schedule_is_not_extrapolated(name, steps):
+    """From u = 1 / N to u = 0 log-SNR leaps; a denoiser that is a little off there must not be magnified."""
+    schedule = schedules.cosine_logsnr(-20, 20)
+    z = jax.random.normal(jax.random.key(0), (64, 2))
+
+    def rough(z, step, **cond):
+        p = gaussian_denoiser()(z, step)
+        wobble = 0.02 * jnp.sin(40 * process.expand(step.t.time, z) / 1000 + 7 * z)
+        return process.predict(p.x + wobble, z, step, predicts="x", variance="fixed_small")
+
+    def run(sampler):
+        table = schedules.continuous_steps(schedule, steps)
+        return samplers.sample(rough, z, lambda i: jnp.zeros(()), table, sampler)
+
+    first = schedule(np.array([1.0]))
+    exact = MEAN + STD * (z - first.alpha * MEAN) / np.sqrt(first.alpha**2 * STD**2 + first.sigma**2)
+    error = np.abs(run(samplers.SAMPLERS[name](0.0)) - exact).mean()
+    assert error < np.abs(run(samplers.ddim(0.0)) - exact).mean() + 0.02, error
+
+
 def test_inversion_and_sampling_undo_each_other():
     x = jnp.asarray(np.random.default_rng(0).normal(MEAN, STD, (16, 2)), jnp.float32)
     errors = []

@@ -287,3 +287,114 @@ def test_transitions_must_end_clean():
 def test_a_chain_of_one_step_has_finite_numbers():
     one = schedules.respaced(schedules.discrete(schedules.cosine_betas(100)), 100, 1)
     assert np.isfinite(one.min_logvar).all() and np.isposinf(one.s.logsnr).all()
+
+
+# ---- a chain made continuous
+
+
+SR3 = np.linspace(1e-6, 1e-2, 2000)
+CHAINS = {"linear": schedules.linear_betas(100), "cosine": schedules.cosine_betas(50), "sr3": SR3}
+
+
+def alphas_between(betas, u):
+    """alpha at u in float64: sqrt of the cumulative products, 1 first, joined by straight lines."""
+    alphas = np.append(1.0, np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64))))
+    return np.interp(u, np.arange(len(alphas)) / len(betas), alphas)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_continuous_runs_straight_between_the_alphas_of_its_chain(name):
+    betas = CHAINS[name]
+    schedule, u = schedules.continuous(betas), np.random.default_rng(0).uniform(0, 1, 500)
+    u = np.concatenate([u, [1.0], np.arange(1, len(betas) + 1) / len(betas)])
+    alpha = alphas_between(betas, u)
+    level = schedule(u)
+    np.testing.assert_allclose(level.time, 1000 * alpha, rtol=1e-9)
+    np.testing.assert_allclose(level.logsnr, np.log(alpha**2 / (1 - alpha**2)), rtol=1e-6, atol=1e-6)
+    # at whole steps it is the chain
+    steps = np.arange(1, len(betas) + 1) / len(betas)
+    np.testing.assert_allclose(schedule(steps).logsnr, schedules.discrete(betas)(steps).logsnr, rtol=1e-6, atol=1e-6)
+    dense = schedule(np.linspace(0, 1, 3001))
+    assert np.all(np.diff(dense.logsnr[1:]) < 0) and np.all(np.diff(dense.time) < 0), "more u, more noise"
+
+
+class ContinuousTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_host_and_device_agree(self):
+        u = np.concatenate([[0.0, 1.0], np.random.default_rng(0).uniform(0, 1, 300)])
+        for betas in CHAINS.values():
+            schedule = schedules.continuous(betas)
+            device = self.variant(schedule)(jnp.asarray(u, jnp.float32))
+            host = schedule(np.float32(u).astype(np.float64))
+            assert np.isposinf(host.logsnr[0]) and np.isposinf(device.logsnr[0]), "u = 0 is clean data"
+            assert device.is_clean.tolist() == [True] + [False] * (len(u) - 1)
+            np.testing.assert_allclose(device.time, host.time, rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(device.logsnr[1:], host.logsnr[1:], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("choice", ["1", "2", "10", "100", "quad10", "quad100", "logsnr2", "logsnr10", "logsnr100"])
+def test_steps_of_a_continuous_chain_end_clean(name, choice):
+    betas = CHAINS[name]
+    table = schedules.build_steps(schedules.continuous(betas), 0, choice)
+    count = int(choice.lstrip("quadlogsnr"))
+    assert table.t.time.shape == (count,)
+    np.testing.assert_allclose(table.t.time[0], 1000 * np.sqrt(np.prod(1 - betas)), rtol=1e-5)
+    assert np.isposinf(table.s.logsnr[-1]) and np.isfinite(table.t.logsnr).all() and np.isfinite(table.min_logvar).all()
+    np.testing.assert_array_equal(table.s.logsnr[:-1], table.t.logsnr[1:])
+    assert np.all(np.diff(table.t.logsnr) > 0)
+    assert np.all(np.diff(table.t.time) >= 0), "float32 tells no clocks apart beyond log-SNR 16"
+    if choice.isdigit():
+        np.testing.assert_allclose(
+            table.t.time, 1000 * alphas_between(betas, np.arange(count, 0, -1) / count), rtol=1e-5
+        )
+    elif choice.startswith("quad"):
+        u = (np.arange(count, 0, -1) / count) ** 2
+        np.testing.assert_allclose(table.t.time, 1000 * alphas_between(betas, u), rtol=1e-5)
+    else:
+        gaps = np.diff(table.t.logsnr)
+        assert np.median(np.abs(gaps / np.median(gaps) - 1)) < 0.01, "even, but for those next to clean data"
+
+
+@pytest.mark.parametrize("betas", [[], [0.5, 1.0], [0.0, 0.1], [np.nan], [[0.1]], schedules.jsd_betas(10)])
+def test_continuous_needs_betas_below_1(betas):
+    with pytest.raises(ValueError, match="betas in"):
+        schedules.continuous(betas)
+
+
+def test_a_config_chooses_whether_a_chain_is_continuous():
+    c = {"name": "linear", "steps": 2000, "beta_start": 2e-6, "beta_end": 0.02, "rescale_time": False}
+    schedule, steps = schedules.build(c | {"continuous": True})
+    assert steps == 0
+    u = np.array([0.1234, 1.0])
+    np.testing.assert_allclose(schedule(u).time, 1000 * alphas_between(SR3, u), rtol=1e-9)
+    schedule, steps = schedules.build(c | {"continuous": False})
+    assert steps == 2000
+    np.testing.assert_allclose(schedule(u).time, [246, 1999])
+
+
+# ---- stopping on the way
+
+
+@pytest.mark.parametrize("choice", ["", "50", "logsnr20"])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_until_keeps_the_steps_before_a_level(name, choice):
+    schedule = schedules.discrete(schedules.BETAS[name](1000, 1e-4, 0.02))
+    table = schedules.respaced(schedule, 1000, choice)
+    for i in range(0, 1000, 111):
+        logsnr = float(schedule(np.array([(i + 1) / 1000])).logsnr[0])
+        if table.s.logsnr[0] > logsnr + 1e-3:
+            with pytest.raises(ValueError, match="before its first step"):
+                schedules.until(table, logsnr)
+            continue
+        kept = schedules.until(table, logsnr)
+        count = len(kept.t.logsnr)
+        chex.assert_trees_all_equal(kept, jax.tree.map(lambda a, n=count: a[:n], table))
+        assert kept.s.logsnr[-1] <= logsnr + 1e-3 < table.s.logsnr[count], "no cleaner, and as near as the steps allow"
+        if not choice:
+            np.testing.assert_allclose([kept.s.time[-1], count], [i, 999 - i])
+
+
+def test_until_the_end_keeps_all():
+    table = schedules.respaced(schedules.discrete(schedules.cosine_betas(100)), 100)
+    chex.assert_trees_all_equal(schedules.until(table, np.inf), table)

@@ -160,7 +160,7 @@ def test_a_cascade_is_a_fold():
         c[name].net.update(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention=(), groups=4)
         c[name].schedule.update(name="cosine", steps=20)
         c[name].steps = "3"
-    c.base.takes, c.base.num_classes, c.up.takes = ("label",), 3, ("low_res",)
+    c.base.takes, c.base.num_classes, c.up.takes, c.up.low_res.factor = ("label",), 3, ("low_res",), 2
     config.validate(c)
     base, up = stages.build_stages(config.to_dict(c))
     params = {s.name: jax.jit(lambda k, s=s: stages.init_params(s, k))(jax.random.key(1)) for s in (base, up)}

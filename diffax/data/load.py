@@ -28,7 +28,8 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
     """Opens the data a config names, preparing it first if it is one of ours and new.
 
     Args:
-      data: the `data` section of a stage: name, path, data_dir, split; for shapes also holdout,
+      data: the `data` section of a stage: name, path, data_dir, split, and label, the column of
+        classes to use (of data with several, as shapes: 'colour'); for shapes also holdout,
         combinations such as 'red circle' to keep out of every split but 'holdout', and single, to
         leave out scenes of two things.
       shape: (height, width, channels) the images are wanted in. Channels (1 or 3) are converted
@@ -51,19 +52,19 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
         near = difflib.get_close_matches(str(name), names(), 1)
         hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
         raise UserError(f"unknown data {name!r}, there is {', '.join(names())}; data.name; {hint}")
-    split, path = data["split"], data["path"]
+    split, path, label = data["split"], data["path"], data.get("label", "label")
     if name == "folder":
         return folders.folder(path, split, channels)
     if name == "captions":
         return folders.captions(path, split, channels)
     if name == "tfds":
-        return _from_tfds(_open_prepared(path), split, channels)
+        return _from_tfds(_open_prepared(path), split, channels, label)
     if "://" in data["data_dir"]:
         raise UserError(f"not a local folder; data.data_dir={data['data_dir']!r}; prepare on a local disk")
     if name == "shapes":
         return _shapes(data, max(height, width), channels)
     builder = builders.prepare(name, side=max(height, width), data_dir=data["data_dir"], archive_dir=path)
-    return _from_tfds(builder, split, channels)
+    return _from_tfds(builder, split, channels, label)
 
 
 def has_held_out(data: Mapping[str, Any]) -> bool:
@@ -90,7 +91,7 @@ def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
         raise UserError("split 'holdout' is empty; data.holdout; name combinations such as 'red circle'")
     split = "train" if only else data["split"]
     builder = builders.prepare("shapes", side=side, data_dir=data["data_dir"])
-    source = _from_tfds(builder, split, channels)
+    source = _from_tfds(builder, split, channels, data.get("label", "label"))
     single = data.get("single", False)
     if not holdout and not single:
         return source
@@ -144,12 +145,18 @@ def _open_prepared(path: str):
     return builder
 
 
-def _from_tfds(builder, split: str, channels: int) -> Source:
+def _from_tfds(builder, split: str, channels: int, label: str) -> Source:
+    """A Source of what TFDS prepared; the column `label` is handed over as 'label'."""
     features = builder.info.features
     image_key = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
     if image_key is None:
         raise UserError(f"no image among the features {sorted(features)}; {builder.data_dir}; take another dataset")
     labels = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel))
+    if label != "label" and label not in labels:
+        raise UserError(
+            f"the data have no column {label!r} of classes, there is {', '.join(labels) or 'none'}; data.label; "
+            "name one of them"
+        )
     caption_key = next(
         (key for key in ("caption", "text") if key in features and isinstance(features[key], tfds.features.Text)),
         None,
@@ -167,20 +174,22 @@ def _from_tfds(builder, split: str, channels: int) -> Source:
         except Exception as error:  # whatever the C++ reader makes of damaged bytes
             raise image_ops.BadRecord(f"damaged ({error})") from error
         record = {key: np.int32(example[key]) for key in labels}
+        if label in record:
+            record["label"] = record[label]
         if caption_key:
             record["caption"] = example[caption_key].decode("utf-8", "replace")
         return record | {"image": image_ops.decode(example[image_key], channels=channels)}
 
-    keys = (*labels, *(("caption",) if caption_key else ()))
+    keys = dict.fromkeys((*labels, *(["label"] if label in labels else []), *(["caption"] if caption_key else [])))
     stored = features[image_key].shape
     if None not in stored and len(records) * math.prod(stored[:2]) * channels <= CACHE_BYTES:
         read = functools.lru_cache(maxsize=None)(read)
-    names_ = tuple(features["label"].names) if "label" in labels else ()
+    names_ = tuple(features[label].names) if label in labels else ()
     return Source(
         f"{builder.info.full_name}[{split}]",
         len(records),
         read,
-        keys,
+        tuple(keys),
         names_,
         f"{builder.info.full_name}[{split}] record {{}}".format,
     )

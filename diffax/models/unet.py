@@ -213,9 +213,9 @@ class Classifier(Encoder):
     Attributes:
       num_classes: number of logits.
       pool: 'attention' (a token of the mean attends to all pixels, as in CLIP; binds the image
-        size), 'adaptive' (mean over the pixels, sown as 'features' into 'intermediates'),
-        'spatial' or 'spatial_v2' (the means of all activations on the way down, into a hidden
-        layer with ReLU or GroupNorm and SiLU).
+        size), 'adaptive' (mean over the pixels), 'spatial' or 'spatial_v2' (the means of all
+        activations on the way down, into a hidden layer with ReLU or GroupNorm and SiLU, whose
+        output is sown as 'features' into 'intermediates').
     """
 
     num_classes: int = 1000
@@ -249,7 +249,6 @@ class Classifier(Encoder):
 
     def _adaptive(self, head: Style, h: Array, skips: list[Array]) -> Array:
         h = nn.silu(GroupNorm(head, name="norm_out")(h)).mean((1, 2))
-        self.sow("intermediates", "features", h)
         return dense(head, self.num_classes, zero=True, name="logits")(h)
 
     def _spatial(self, head: Style, h: Array, skips: list[Array]) -> Array:
@@ -259,4 +258,5 @@ class Classifier(Encoder):
             h = nn.relu(h)
         else:
             h = nn.silu(GroupNorm(head, name="norm_hidden")(h))
+        self.sow("intermediates", "features", h)
         return dense(head, self.num_classes, name="logits")(h)
