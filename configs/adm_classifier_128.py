@@ -28,7 +28,8 @@ def get_config(variant: str = ""):
     classifier.train.update(optimizer="adamw", weight_decay=0.05, clip=0.0, ema=())
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
-        classifier.data.single = True  # so that a picture has one class
+        classifier.data.update(single=True, label="colour")
+        classifier.num_classes = 8
         classifier.train.update(steps=600, batch_size=64)
     config.eval.update(num=256, batch_size=64)
     return config

@@ -51,6 +51,6 @@ def get_config(variant: str = ""):
             section.num_classes = 8
         classifier.train.update(steps=600, batch_size=64)
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        stage.train.update(steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+        stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
         config.eval.update(num=500, batch_size=100, judge="network", guidance=(0.0, 1.0, 2.0, 4.0, 8.0))
     return config

@@ -135,7 +135,7 @@ def enlargements(
     real = held_out_examples(section, settings["num"])
     image = real["image"]
     small = pipeline.smaller(image, stage.low_res.factor)
-    small = images.as_floats(images.to_uint8(small)) if stage.low_res.round else small
+    small = images.as_floats(images.to_uint8(small, nearest=True)) if stage.low_res.round else small
     given = {k: real[k] for k in stage.reads if k != "low_res"}
 
     def row(method: str, made: np.ndarray, **more: Any) -> dict:

@@ -15,16 +15,18 @@ _TILE = 48  # Pixels; smaller images are enlarged to about this in a grid.
 _MAX_PIXELS = 64_000_000
 
 
-def to_uint8(x: np.ndarray) -> np.ndarray:
+def to_uint8(x: np.ndarray, *, nearest: bool = False) -> np.ndarray:
     """Images in [-1, 1] as bytes: (x + 1) * 127.5, clipped and truncated, as OpenAI's samplers do.
 
     Args:
         x: float [...], nominally in [-1, 1]; values outside are clipped.
+        nearest: round instead, as a stage does with the smaller picture that it enlarges.
 
     Returns:
         uint8 of the same shape.
     """
-    return np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
+    scaled = np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255)
+    return (np.round(scaled) if nearest else scaled).astype(np.uint8)
 
 
 def from_uint8(x: np.ndarray) -> np.ndarray:

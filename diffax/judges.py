@@ -57,8 +57,8 @@ def svc(section: Mapping[str, Any]) -> Judge:
     return _judged(lambda pictures: fitted.predict(features(pictures)), features, section)
 
 
-def network(section: Mapping[str, Any], *, steps: int = 600) -> Judge:
-    """A small convolutional network, for pictures whose subject may be anywhere; trained here, in a minute or two.
+def network(section: Mapping[str, Any], *, steps: int = 300) -> Judge:
+    """A small convolutional network, for pictures whose subject may be anywhere; trained here, in about a minute.
 
     It is the encoder half of the U-Net, on clean pictures only.
 

@@ -177,7 +177,9 @@ def run_sample(job: Job) -> None:
     print(f"samples: {path}")
     for name, pictures in made.items() if c["save"] else ():
         images.check_finite(pictures)
-        print(f"samples: {images.save_npz(job.workdir / name, images.to_uint8(pictures), label)}")
+        # What a later stage reads, rounded as it would have done.
+        kept = images.to_uint8(pictures, nearest=name != sample_fn.stages[-1].name)
+        print(f"samples: {images.save_npz(job.workdir / name, kept, label)}")
 
 
 def enlarge_picture(sample_fn: pipeline.SampleFn, picture: np.ndarray, c: dict, path: pathlib.Path) -> None:

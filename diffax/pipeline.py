@@ -55,8 +55,8 @@ class SampleFn:
     @property
     def takes(self) -> tuple[str, ...]:
         """The conditions that a call must give."""
-        made = {"low_res"} if len(self.stages) > 1 else set()
-        return tuple(dict.fromkeys(c for s in self.stages for c in s.reads if c not in made))
+        later = (c for s in self.stages[1:] for c in s.reads if c != "low_res")
+        return tuple(dict.fromkeys((*self.stages[0].reads, *later)))
 
     @property
     def num_classes(self) -> int:

@@ -79,6 +79,7 @@ class Stage:
 
     Attributes:
       name: the config's section.
+      number: its place among the stages, which its noise depends on: the same when those before were sampled earlier.
       shape: (H, W, C) of what it makes.
       takes: conditions that its network reads, such as ('label', 'low_res').
       low_res: how it meets 'low_res', if it takes that.
@@ -100,6 +101,7 @@ class Stage:
     """
 
     name: str
+    number: int
     shape: tuple[int, int, int]
     takes: tuple[str, ...]
     low_res: LowRes | None
@@ -208,8 +210,10 @@ def build_stage(config: Mapping, name: str) -> Stage:
         _choose(GUIDANCE, guide, "guidance")
     classifier = build_classifier(config, c["classifier"]) if "classifier" in names else None
     sampler = _choose(samplers.SAMPLERS, c["sampler"]["name"], "sampler.name")
+    makers = [n for n in config["stages"] if not configs.is_classifier(config[n])]
     return Stage(
         name=name,
+        number=makers.index(name) if name in makers else 0,
         shape=shape,
         takes=tuple(c["takes"]),
         low_res=low_res,
@@ -453,7 +457,7 @@ def sample_fn(stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = Fal
     ) -> Array:
         made, reached = {}, None
         for number, stage in enumerate(stages):
-            stage_keys = _fold_in(keys, number)
+            stage_keys = _fold_in(keys, stage.number)
             given, shape, steps = {k: cond[k] for k in stage.reads}, stage.shape, stage.sampling
             if c := stage.low_res:
                 u = jnp.broadcast_to(jnp.asarray((level or {}).get(stage.name, c.level), jnp.float32), keys.shape)

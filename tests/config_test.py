@@ -413,7 +413,8 @@ def test_sizes_of_tiny_cascades(spec, shapes):
 def test_tiny_at_128_has_one_shape_to_a_picture(spec):
     config = configs.load(spec)
     for name in configs.trained_sections(config):
-        assert config[name].data.name == "shapes" and config[name].data.single and config[name].num_classes == 6
+        assert config[name].data.name == "shapes" and config[name].data.single
+        assert config[name].data.label == "colour" and config[name].num_classes == 8
     if "base" in config:
         assert config.eval.judge == "network"
 
