@@ -41,7 +41,9 @@ def bits_per_dim(
     done = []
     for start in reporting.progress_bar(range(0, n, batch_size), "bits per dimension"):
         index = np.minimum(np.arange(start, start + batch_size), n - 1)
-        out = run(params, batch["image"][index], keys[index], {k: batch[k][index] for k in stage.takes})
+        out = run(
+            params, batch["image"][index], keys[index], {k: batch[k][index] for k in stage.takes if k != "low_res"}
+        )
         done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
 
@@ -74,10 +76,11 @@ def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: M
         if settings["bpd_num"] and stage.train_steps
     }
     guided = any(s.is_guided for s in sample_fn.stages)
-    noised = bool(stage.low_res and stage.low_res.noise and not stage.low_res.truncated)
+    noised = stages.chooses_level(stage, first=len(sample_fn.stages) == 1)
+    levels = [level for level in settings["levels"] if noised and level <= stage.low_res.noise]
     label = pipeline.spread_labels(num, stage.num_classes) if labelled else None
     for guidance, level, sampler, steps in itertools.product(
-        settings["guidance"] or (None,), settings["levels"] or (None,), settings["samplers"] or (None,), all_steps
+        settings["guidance"] or (None,), levels or (None,), settings["samplers"] or (None,), all_steps
     ):
         taken = len(schedules.build_steps(stage.schedule, stage.train_steps, steps).t.time)
         row: dict[str, Any] = {"steps": taken, "sampler": sampler or section["sampler"]["name"]}
@@ -148,7 +151,7 @@ def enlargements(
         }
 
     yield row("bicubic", images.bicubic(small, stage.low_res.factor))
-    for level in (settings["levels"] or (None,)) if stage.low_res.noise else (None,):
+    for level in [level for level in settings["levels"] if 0 < stage.low_res.noise >= level] or (None,):
         made = sample_fn(1, image=small, level=level, batch_size=settings["batch_size"], **given)
         images.check_finite(made)
         more = {"level": stage.low_res.level if level is None else level} if stage.low_res.noise else {}

@@ -30,6 +30,13 @@ NOT_IN_THE_NETWORK = (
     "workdir",
     "sampler",
     "steps",
+    "low_res.level",
+    "low_res.truncated",
+    "low_res.round",
+    "low_res.blur",
+    "low_res.blur_sigma",
+    "low_res.jpeg",
+    "low_res.crop",
     "net.dropout",
     "net.dtype",
     "net.remat",
@@ -178,7 +185,10 @@ class SampleFn:
                 wrong = name == "label" and array.size and not np.issubdtype(array.dtype, np.integer)
             except ValueError:
                 wrong = True
-            if wrong or array.ndim < CONDITIONS.get(name, 0):
+            if name in CONDITIONS and (wrong or array.ndim not in (CONDITIONS[name], CONDITIONS[name] + 1)):
+                shape = getattr(value, "shape", "ragged")
+                raise UserError(f"condition {name} is {shape}; sample_fn; pass one picture [h, w, C], or [n, h, w, C]")
+            if wrong:
                 raise UserError(f"condition {name} is {value!r}; sample_fn; pass one or a list of integers")
             arrays[name] = _one_each(name, array.astype(kind), n, CONDITIONS.get(name, 0))
         if "low_res" in arrays:
@@ -190,9 +200,10 @@ class SampleFn:
 
     def _check_image(self, image: np.ndarray) -> None:
         """Raises UserError if the first stage cannot enlarge pictures [n, h, w, C]."""
-        stage = self.stages[0]
-        factor, halvings = stage.low_res.factor, len(stage.net.unet.channel_mult) - 1
-        unit = 2**halvings // math.gcd(2**halvings, factor)
+        stage, factor, unit = self.stages[0], 1, 1
+        for s in self.stages:
+            factor, deepest = factor * s.low_res.factor, 2 ** (len(s.net.unet.channel_mult) - 1)
+            unit = math.lcm(unit, deepest // math.gcd(deepest, factor))
         if image.shape[-1] != stage.shape[-1] or any(side % unit for side in image.shape[1:3]):
             raise UserError(
                 f"image is {image.shape[1:]}; sample_fn; {stage.name} enlarges pictures of {stage.shape[-1]} channels "
@@ -209,7 +220,7 @@ class SampleFn:
 
     def _levels(self, level: Any, n: int) -> dict[str, np.ndarray]:
         """{stage that enlarges: [n] float32}."""
-        noised = {s.name: s.low_res for s in self.stages if s.low_res and s.low_res.noise and not s.low_res.truncated}
+        noised = {s.name: s.low_res for i, s in enumerate(self.stages) if stages.chooses_level(s, first=i == 0)}
         own = {name: c.level for name, c in noised.items()}
         levels = _numbers("level", level, own, n, none="no stage takes a noised picture; sample_fn(level=...)")
         for name, values in levels.items():

@@ -488,7 +488,12 @@ def sample_fn(stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = Fal
 
 
 def _fold_in(keys: Array, number: int) -> Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+    return jax.vmap(lambda key: jax.random.fold_in(key, jnp.int32(number)))(keys)
+
+
+def chooses_level(stage: Stage, *, first: bool) -> bool:
+    """Whether sampling may choose the noise on the stage's smaller picture: not where the stage before stops at it."""
+    return bool(stage.low_res and stage.low_res.noise and (first or not stage.low_res.truncated))
 
 
 def _truncated_at(after: Sequence[Stage]) -> float | None:

@@ -37,6 +37,8 @@ MAY_DIFFER = (
     "data.max_bad",
     "data.workers",
     "net.remat",
+    "low_res.level",
+    "low_res.truncated",
     "guidance",
     "guidance_scale",
     "classifier",

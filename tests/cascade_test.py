@@ -120,8 +120,8 @@ def test_a_smaller_picture_is_rounded_before_it_is_noised():
     np.testing.assert_allclose(made, picture[..., :2], atol=0.5 / 127.5 + 1e-3)
 
 
-@pytest.mark.parametrize("size", [(2, 2), (1, 7), (5, 9), (13, 4)])
-@pytest.mark.parametrize("tile", [0, 8, 5])
+@pytest.mark.parametrize("size", [(1, 7), (5, 9), (13, 4)])
+@pytest.mark.parametrize("tile", [0, 5])
 def test_a_picture_of_any_size_is_enlarged_tile_by_tile(size, tile):
     _, up = toy(level=0.0)
     picture = np.random.default_rng(0).uniform(-1, 1, (*size, 3)).astype(np.float32)
@@ -247,7 +247,7 @@ def test_training_noises_smaller_pictures_to_every_level():
     n, strongest = 2000, 0.5
     stage = build_up("config.up.low_res.noise=0.5", "config.up.low_res.round=false")
     watched = dataclasses.replace(stage, net=Watches())
-    batch = {"image": jnp.full((n, 16, 16, 3), 0.5), "label": jnp.zeros(n, jnp.int32)}
+    batch = {"image": jnp.full((n, 4, 4, 3), 0.5), "label": jnp.zeros(n, jnp.int32)}
     stages.objective(watched).loss({}, (), batch, keys_of(n), jnp.arange(n), n)
     levels = {float(t): i for i, t in enumerate(stage.schedule(np.arange(41) / 40).time)}
     step = np.array([levels[float(t)] for t in seen["low_res_time"]])
@@ -258,7 +258,7 @@ def test_training_noises_smaller_pictures_to_every_level():
     for i in (0, 5, 20):
         at = stage.schedule(np.array([i / 40]))
         x = np.asarray(seen["low_res"])[step == i]
-        np.testing.assert_allclose([x.mean(), x.std()], [0.5 * at.alpha[0], at.sigma[0]], atol=0.02)
+        np.testing.assert_allclose([x.mean(), x.std()], [0.5 * at.alpha[0], at.sigma[0]], atol=0.06)
 
 
 # ---- from the command line to pictures -------------------------------------------------------------------------------
@@ -377,29 +377,23 @@ def test_saved_samples_are_enlarged(cascade, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["cascade", "alone"])
-def test_a_photo_is_enlarged(which, photo, request, tmp_path):
+def test_a_photo_is_enlarged(which, photo, request):
     """By the last stage, which the one that is trained alone also is; a model of grey pictures makes it grey."""
-    workdir, channels = request.getfixturevalue(which), {"cascade": 3, "alone": 1}[which]
-    out = tmp_path / "enlarged.png"
-    tile = [] if which == "alone" else ["--config.sample.tile=10"]  # that three levels can halve once enlarged
-    assert main.run([f"--workdir={workdir}", "--mode=sample", f"--input={photo}", f"--output={out}", *tile]) == 0
-    result = Image.open(tmp_path / "enlarged_result.png")
-    assert result.size == (26, 22) and result.mode == ("RGB" if channels == 3 else "L")
-    assert Image.open(out).size[0] > 26
+    workdir, mode = request.getfixturevalue(which), {"cascade": "RGB", "alone": "L"}[which]
+    before = (workdir / "samples.png").read_bytes()
+    assert main.run([f"--workdir={workdir}", "--mode=sample", f"--input={photo}"]) == 0
+    result = Image.open(workdir / "enlarged_result.png")
+    assert result.size == (26, 22) and result.mode == mode
+    # input, bicubic and result below each other
+    width, height = Image.open(workdir / "enlarged.png").size
+    assert width < 100 and height > 3 * 22
+    assert (workdir / "samples.png").read_bytes() == before
 
 
-def test_the_enlarged_photo_has_its_own_name(cascade, photo):
-    assert main.run([f"--workdir={cascade}", "--mode=sample", f"--input={photo}", "--stage=up"]) == 0
-    before = (cascade / "samples.png").read_bytes()
-    assert (cascade / "enlarged.png").exists() and Image.open(cascade / "enlarged_result.png").size == (26, 22)
-    assert (cascade / "samples.png").read_bytes() == before
-
-
-@pytest.mark.parametrize("override", ["low_res.level=0.1", "low_res.truncated=true", "low_res.round=false"])
-def test_noise_in_sampling_is_chosen_after_training(cascade, override, tmp_path):
+def test_noise_in_sampling_is_chosen_after_training(cascade, tmp_path):
     out = tmp_path / "samples.png"
     command = [f"--workdir={cascade}", "--mode=sample", "--config.sample.save=false", f"--output={out}"]
-    assert main.run([*command, f"--config.up.{override}"]) == 0
+    assert main.run([*command, "--config.up.low_res.level=0.1"]) == 0
     assert Image.open(out).size == Image.open(cascade / "samples.png").size
 
 

@@ -111,7 +111,7 @@ def test_labels_guidance_and_seeds_share_one_program(which, request, monkeypatch
         ({"label": 1, "guidance": "strong"}, "guidance is 'strong'"),
         ({"label": 1, "guidance": [[1, 2], [3]]}, "guidance is"),
         ({"label": [1, 2], "guidance": [1, 2, 3]}, "values of"),
-        ({"label": 1, "guidance": {"up": 1.0}}, "no stage 'up' is guided"),
+        ({"label": 1, "guidance": {"up": 1.0}}, "no stage 'up' takes guidance"),
         ({"label": 1, "n": 0}, "nothing to sample"),
         ({"label": 1, "steps": 0}, "steps"),
         ({"label": 1, "sampler": "dpm_solver"}, "did you mean dpm_solver_2m"),
