@@ -626,13 +626,6 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
             f"config.eval.guidance is {config.eval.guidance}, but no stage is guided; leave it empty, or add "
             f"{' or '.join(map(repr, SCALED))} to a stage's guidance"
         )
-    if config.eval.levels and not any(config[name].low_res.noise for name in config.stages):
-        raise UserError(
-            f"config.eval.levels is {config.eval.levels}, but no stage takes a noised picture; leave it empty, or set "
-            "the low_res.noise of a stage"
-        )
-    if config.sample.save and any(config[name].low_res.truncated for name in config.stages):
-        raise UserError("config.sample.save keeps clean pictures, but a stage's low_res.truncated leaves noise on them")
     before = None
     for name in trained_sections(config):
         stage, where = config[name], f"config.{name}"
@@ -649,6 +642,13 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
             for steps in config.eval.steps:
                 _check_steps(stage, "config.eval.steps", steps)
         _check_train(stage, where, device_count, process_count)
+    if config.eval.levels and not any(config[name].low_res.noise for name in config.stages):
+        raise UserError(
+            f"config.eval.levels is {config.eval.levels}, but no stage takes a noised picture; leave it empty, or set "
+            "the low_res.noise of a stage"
+        )
+    if config.sample.save and any(config[name].low_res.truncated for name in config.stages):
+        raise UserError("config.sample.save keeps clean pictures, but a stage's low_res.truncated leaves noise on them")
 
 
 def is_classifier(section: Mapping[str, Any]) -> bool:

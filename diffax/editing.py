@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import guidance, losses, samplers, stages
+from diffax import losses, samplers, stages
 from diffax.process import diffuse, expand
 
 Array = jax.Array
@@ -87,5 +87,5 @@ def interpolate(
     share = expand(jnp.asarray(weights, jnp.float32), jnp.zeros((1, *stage.shape)))
     z = (1 - share) * ends[0] + share * ends[1]
     shared = samplers.picture_noise(way_key[None], stage.shape)
-    denoise = guidance.guided(stages.denoiser(stage, params), stage.guidance)
+    denoise = stages.guided_denoiser(stage, {stage.name: params})
     return samplers.sample(denoise, z, shared, steps, stage.sampler, **cond)

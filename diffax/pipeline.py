@@ -424,11 +424,11 @@ def load_params(
     average = decay or next((str(d) for d in section["train"]["ema"]), None)
     folder = pathlib.Path(section["workdir"] or workdir) / name / "checkpoints"
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        found, params, meta = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
-        saved = configs.complete_section(meta["stage"])
+        saved = configs.complete_section(checkpoints.read_meta(step)["stage"])
         lines = checkpoint.config_difference(saved, section, ignore=NOT_IN_THE_NETWORK)
         if lines:
             raise UserError(f"{lines[0]}; {checkpoints.directory}; use the config it was trained with")
+        found, params, _ = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
     return params, found
 
 

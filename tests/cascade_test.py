@@ -417,7 +417,7 @@ BAD_COMMANDS = [
     (["--config.up.shape=24,24,3"], "config.up.low_res.factor 2 takes pictures of (12, 12, 3)"),
     (["--config.up.low_res.factor=4"], "config.base.shape is (8, 8, 3)"),
     (["--config.up.low_res.noise=0.2"], "config.up.low_res.level must be at most config.up.low_res.noise"),
-    (["--config.up.low_res.noise=0", "--config.up.low_res.level=0"], "low_res.noise=1"),
+    (["--config.up.low_res.noise=0", "--config.up.low_res.level=0", "--config.eval.levels=none"], "low_res.noise=1"),
     (["--config.base.low_res.blur=0.5"], "config.base.low_res is set"),
     (["--config.base.workdir=/nowhere"], "there is no checkpoint; /nowhere/base"),
     (["--config.up.workdir=/nowhere"], "there is no checkpoint; /nowhere/up"),

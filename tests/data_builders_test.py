@@ -287,7 +287,7 @@ def test_held_out_combinations_are_in_their_split_alone(root):
             assert any(pair in record["caption"] for pair in holdout) == any_of
     captions = [record["caption"] for source in (kept, held) for record in source]
     assert sorted(captions) == sorted(shapes.scene(i).caption for i in range(150))
-    with pytest.raises(UserError, match="data.holdout goes with whole splits"):
+    with pytest.raises(UserError, match="data.holdout and data.single go with whole splits"):
         load(root, "shapes", 32, holdout=holdout, split="train[:50%]")
 
 

@@ -161,6 +161,8 @@ def test_an_unconditional_model_is_steered_by_a_classifier(sampler):
     noise = samplers.picture_noise(jax.random.split(jax.random.key(0), n), (1,))
     table = schedules.respaced(CHAIN, 1000, 100)
 
+    chex.clear_trace_counter()
+
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run(scale):

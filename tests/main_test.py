@@ -62,7 +62,7 @@ def test_evaluate_mode(trained, capsys):
     for row in report["rows"]:
         assert row["bits_per_dim"] > 0 and 0 <= row["accuracy"] <= 1
         assert row["accuracy_of_judge_on_real"] > 0.9
-    assert "| steps | bits_per_dim |" in capsys.readouterr().out
+    assert "| steps | sampler | bits_per_dim |" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
