@@ -149,8 +149,7 @@ GUIDANCE: dict[str, Callable[[Stage, Mapping[str, Params], Array], guidance.Guid
     "classifier": _classifier_guidance,
     "classifier_free": lambda stage, params, scale: guidance.classifier_free(scale, stage.null),
 }
-# Those with a scale, of which a stage has one at most.
-SCALED = ("classifier", "classifier_free")
+SCALED = configs.SCALED  # a stage has one of these at most
 
 
 def _choose(table: Mapping[str, Any], name: str, field: str):
