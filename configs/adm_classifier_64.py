@@ -1,7 +1,7 @@
 """ADM's noised classifier for ImageNet, 64x64 (Dhariwal & Nichol 2021, arXiv:2105.05233).
 
 Section 4 and appendix I, table 12: the encoder half of the U-Net, depth 4, with attention pooling, trained on noised
-pictures under the schedule of the model that it guides. 65.4M parameters. The paper prints no accuracy.
+pictures under the schedule of the model that it guides. 65.4M parameters.
 
 Data: a folder of images, one folder per class, data/imagenet_64 below the current one, or
       --config.classifier.data.path=FOLDER.

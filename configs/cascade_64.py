@@ -7,7 +7,7 @@ Labels at both stages, guidance at none. The paper's scores, 50,000 samples:
 | 32   | 1.11         | 1.99       | 26.01 +- 0.59 |
 | 64   | 1.48         | 2.48       | 67.95 +- 1.97 |
 
-The second stage is trained on smaller pictures with Gaussian noise, any amount of it (section 3.1), and is told how
+The second stage is trained on smaller pictures with Gaussian noise, any amount of it (section 3), and is told how
 much. At no noise the cascade has FID 1.71; best is some: step 751 to 1251 of 4000, here 1000, which `low_res.level`
 says as a share. `low_res.truncated` stops the first stage at that noise in place of adding it; the paper finds both
 equally good. Pick the level anew for a model of your own: --mode=evaluate --config.eval.levels=0,0.1,0.2,0.3

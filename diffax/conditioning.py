@@ -49,7 +49,7 @@ def round_to_bytes(x: Array) -> Array:
 
 
 def gaussian_blur(x: Array, sigma: Array) -> Array:
-    """3x3 Gaussian blur, reflected at the edges (CDM, section 3.2).
+    """3x3 Gaussian blur, reflected at the edges (CDM, section 3).
 
     Args:
       x: [B, H, W, C].
@@ -70,7 +70,7 @@ def gaussian_blur(x: Array, sigma: Array) -> Array:
 
 
 def random_blur(x: Array, keys: Array, *, share: float, low: float, high: float) -> Array:
-    """Blurs a share of the pictures, each with its own sigma ~ U(low, high) (CDM, section 3.2: half, 0.4 to 0.6)."""
+    """Blurs a share of the pictures, each with its own sigma ~ U(low, high) (CDM, section 3: half, 0.4 to 0.6)."""
 
     def draw(key):
         chosen, sigma = jax.random.split(key)
@@ -80,7 +80,7 @@ def random_blur(x: Array, keys: Array, *, share: float, low: float, high: float)
 
 
 def noise_to(x: Array, level: NoiseLevel, keys: Array) -> Array:
-    """q(z_s | x) with each picture's own noise: Gaussian conditioning augmentation (CDM, section 3.1).
+    """q(z_s | x) with each picture's own noise: Gaussian conditioning augmentation (CDM, section 3).
 
     Args:
       x: [B, H, W, C] clean pictures.

@@ -192,7 +192,7 @@ def trade_off(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
 
 
 def best_level(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
-    """Frechet distances against the noise on the smaller picture (CDM, table 4); empty for fewer than two levels."""
+    """Frechet distances against the noise on the smaller picture (CDM, section 3); empty for fewer than two levels."""
     of = [row for row in rows if "level" in row and "samples" in row]
     x = [row["level"] for row in of]
     if len(set(x)) < 2 or len(set(x)) < len(x):

@@ -304,7 +304,7 @@ def to_clean(t: NoiseLevel) -> Transition:
 
 
 def until(steps: Transition, logsnr: float) -> Transition:
-    """The first of `steps`, as long as they end no cleaner than at `logsnr` (CDM, section 3.1: truncated sampling).
+    """The first of `steps`, as long as they end no cleaner than at `logsnr` (CDM, section 3: truncated sampling).
 
     Raises:
       ValueError: already the first one ends cleaner.

@@ -407,7 +407,7 @@ def classifier_terms(
 
 
 def classifier_objective(classifier: NoisedClassifier) -> Objective:
-    """Cross entropy on noised pictures (ADM, section 4; appendix H).
+    """Cross entropy on noised pictures (ADM, section 4).
 
     Batches hold 'image' and 'label'. Metrics are the loss, top-1 and top-5 accuracy, by quarter of the noise range.
     """

@@ -70,7 +70,7 @@ def toy_fn(*built):
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize("level", [0.2, 0.6])
 def test_stopping_early_and_adding_noise_give_the_same_distribution(truncated, level):
-    """CDM, section 3.1: both are draws of q(z_s), and the second clock says which s."""
+    """CDM, section 3: both are draws of q(z_s), and the second clock says which s."""
     base, up = toy(level=level, truncated=truncated)
     made = toy_fn(base, up)(0, 2000, every_stage=True, batch_size=2048)
     at = up.schedule(np.array([level]))

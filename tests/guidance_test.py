@@ -127,7 +127,7 @@ def test_sampling_is_the_papers_algorithm(w):
 
 
 def test_the_variance_between_the_bounds_is_the_papers():
-    """Equation 3: sigma_small^(2 (1 - v)) sigma_large^(2 v)."""
+    """Section 2: sigma_small^(2 (1 - v)) sigma_large^(2 v)."""
     steps = schedules.continuous_steps(schedules.cosine_logsnr(-20, 20), 16)
     z, step = jnp.zeros((15, 1)), jax.tree.map(lambda a: jnp.asarray(a[:-1]), steps)
     p = process.predict(jnp.zeros((15, 1)), z, step, predicts="eps", variance=0.3)

@@ -64,7 +64,7 @@ class LowRes(nn.Module):
 
 
 class Clock(nn.Module):
-    """A second clock, embedded like the first and added to it: how noisy the smaller picture is (CDM, section 3.1).
+    """A second clock, embedded like the first and added to it: how noisy the smaller picture is (CDM, section 3).
 
     Attributes:
       style: of the layers.
