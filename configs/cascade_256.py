@@ -40,10 +40,11 @@ def get_config(variant: str = ""):
         stage.low_res.factor = 2
         for small, side in ((base, 8), (up_64, 16), (stage, 32)):
             small.shape = (side, side, 3)
-            small.data.single = True  # so that a picture has one class
-            small.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
+            small.data.update(single=True, label="colour")  # what one sees at this size
+            small.num_classes = 8
+            small.train.update(steps=1200, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
         up_64.net.update(channel_mult=(1, 2, 4), attention=(4,))
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
         stage.train.batch_size = 32
-        config.eval.update(num=200, batch_size=100, judge="network")
+        config.eval.update(num=500, batch_size=100, judge="network")
     return config

@@ -51,9 +51,10 @@ def get_config(variant: str = ""):
         tiny(config, "shapes")
         up.shape = (32, 32, 3)
         for stage in (base, up):
-            stage.data.single = True  # so that a picture has one class
+            stage.data.update(single=True, label="colour")  # what one sees at this size
+            stage.num_classes = 8
             stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-            stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
-        up.train.batch_size = 32
-        config.eval.update(num=200, batch_size=100, judge="network", levels=(0.0, 0.1, 0.2, 0.3, 0.5, 0.7))
+            stage.train.update(steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+        up.train.update(steps=1200, batch_size=32)
+        config.eval.update(num=500, batch_size=100, judge="network", levels=(0.0, 0.1, 0.2, 0.3, 0.5, 0.7))
     return config

@@ -405,7 +405,8 @@ def test_sizes_of_tiny_cascades(spec, shapes):
     assert {name: config[name].shape for name in config.stages} == shapes
     if spec.startswith("cascade"):
         assert config.eval.judge == "network"
-        assert all(config[name].data.single and config[name].num_classes == 6 for name in shapes)
+        for name in shapes:
+            assert config[name].data.single and config[name].data.label == "colour" and config[name].num_classes == 8
     assert bool(config.eval.levels) == (config.stages == ("base", "up")), "where the last stage has a level"
 
 
