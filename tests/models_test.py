@@ -553,3 +553,20 @@ def test_padding_at_the_end_sees_other_pixels():
 
 def test_networks_are_flax_modules():
     assert isinstance(build(), nn.Module)
+
+
+def test_a_causal_block_sees_what_came_before():
+    block = layers.TransformerBlock(layers.Style(), heads=2, activation="quick_gelu")
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = block.init(jax.random.key(1), x, layers.causal(5))
+    before = block.apply(params, x, layers.causal(5))
+    after = block.apply(params, x.at[:, 3, 0].add(1.0), layers.causal(5))
+    chex.assert_trees_all_equal(before[:, :3], after[:, :3])
+    assert (np.abs(before - after)[:, 3:] > 1e-4).any(-1).all()
+
+
+def test_a_hidden_key_is_as_good_as_none():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 2, 6, 4))
+    seen = jnp.arange(6) < 4
+    got = layers.attend(q, k, v, seen[None, None])
+    chex.assert_trees_all_close(got, layers.attend(q, k[:, :, :4], v[:, :, :4]), atol=1e-6)

@@ -179,11 +179,16 @@ class GroupNorm(nn.Module):
         return y.astype(self.style.dtype)
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention of q [B, heads, T, D] to k, v [B, heads, S, D]: [B, heads, T, D]."""
+def attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """Softmax attention of q [B, heads, T, D] to k, v [B, heads, S, D]: [B, heads, T, D].
+
+    `mask` is bool, [B or 1, T or 1, S]: which keys a query sees; every query must see one.
+    """
     # the 1/sqrt(D) is shared by q and k, so that bfloat16 products stay in range
     root = q.shape[-1] ** -0.25
     logits = jnp.einsum("bhtd,bhsd->bhts", q * root, k * root, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, -jnp.inf)
     return jnp.einsum("bhts,bhsd->bhtd", jax.nn.softmax(logits, -1).astype(v.dtype), v)
 
 
@@ -201,8 +206,8 @@ class SelfAttention(nn.Module):
     zero: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, sequence: Array | None = None) -> Array:
-        """x: [B, T, C], sequence: [B, S, E] or None. Returns [B, T, features]."""
+    def __call__(self, x: Array, sequence: Array | None = None, mask: Array | None = None) -> Array:
+        """x: [B, T, C], sequence: [B, S, E] or None, mask: see `attend`, over S + T keys. Returns [B, T, features]."""
         batch, tokens, channels = x.shape
         if channels % self.heads:
             raise ValueError(
@@ -220,7 +225,7 @@ class SelfAttention(nn.Module):
         if sequence is not None:
             first_k, first_v = project(sequence, 2, "encoder_kv")
             k, v = jnp.concatenate([first_k, k], 2), jnp.concatenate([first_v, v], 2)
-        mixed = attend(q, k, v).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
+        mixed = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
         return dense(self.style, self.features, zero=self.zero, name="proj")(mixed)
 
 
@@ -244,20 +249,36 @@ def layer_norm(style: Style, *, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=style.norm_eps, dtype=style.dtype, use_fast_variance=False, name=name)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # the released CLIP models
+}
+
+
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm layer with GELU (Radford et al. 2019, section 2.3)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm layer (Radford et al. 2019, section 2.3).
+
+    `activation` is a key of `ACTIVATIONS`.
+    """
 
     style: Style
     heads: int
+    activation: str = "gelu"
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x: [B, T, C]. Returns [B, T, C]."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """x: [B, T, C], mask: see `attend`. Returns [B, T, C]."""
         channels = x.shape[-1]
         h = layer_norm(self.style, name="norm1")(x)
-        x = x + SelfAttention(self.style, self.heads, channels, name="attention")(h)
+        x = x + SelfAttention(self.style, self.heads, channels, name="attention")(h, mask=mask)
         h = dense(self.style, 4 * channels, name="mlp_0")(layer_norm(self.style, name="norm2")(x))
-        return x + dense(self.style, channels, name="mlp_1")(nn.gelu(h, approximate=False))
+        h = choose(ACTIVATIONS, self.activation, "activation")(h)
+        return x + dense(self.style, channels, name="mlp_1")(h)
+
+
+def causal(length: int) -> Array:
+    """[1, length, length] bool: each position sees itself and those before."""
+    return jnp.tril(jnp.ones((1, length, length), bool))
 
 
 def upsample(x: Array) -> Array:
