@@ -199,9 +199,33 @@ def test_caption_names_every_attribute():
         words = f"a {values['size']} {values['colour']} {values['shape']}"
         if values["relation"] != "none":
             words += f" {values['relation']} a {values['size2']} {values['colour2']} {values['shape2']}"
+        if values["place"] != "none":
+            words += f" at the {values['place']}"
         assert scene.caption == words
+        said = shapes.described(scene.caption)
+        assert said.items() <= values.items()
+        unsaid = {k for k in values if k not in said}
+        assert unsaid == {k for k in values if k == "background" or (k != "shape2" and values[k] == "none")}
         assert all(value in shapes.ATTRIBUTES[key] for key, value in values.items())
         assert values.keys() == shapes.ATTRIBUTES.keys()
+
+
+def test_captions_may_leave_size_and_place_open():
+    assert shapes.described("a red ring") == {"colour": "red", "shape": "ring", "shape2": "none"}
+    two = shapes.described("a red ring above a small blue cross")
+    assert two["relation"] == "above" and two["size2"] == "small" and "size" not in two
+    for caption in ("", "red ring", "a red ring at the top", "a red ring above", "two red rings"):
+        with pytest.raises(ValueError, match="describes no shapes"):
+            shapes.described(caption)
+
+
+@pytest.mark.parametrize("place", shapes.PLACES)
+def test_places_are_where_the_paint_is(place):
+    scenes = [s for s in map(shapes.scene, range(600)) if s.place == place]
+    assert len(scenes) > 20
+    for scene in scenes:
+        x, y = scene.things[0].x, scene.things[0].y
+        assert (y < 0.5) == place.startswith("top") and (x < 0.5) == place.endswith("left")
 
 
 @pytest.mark.parametrize("side", [32, 128])
@@ -272,7 +296,7 @@ def test_attributes_come_in_batches(root):
         assert (
             name == "none"
             if " of " not in caption and "above" not in caption and ("below" not in caption)
-            else caption.split()[-2] == name
+            else caption.split(" at the ")[0].split()[-2] == name
         )
 
 

@@ -105,6 +105,7 @@ class Shapes(_Builder):
     """Captioned scenes (see `shapes`): indices 0..19,999 to train, 1,000,000.. to test."""
 
     name = "diffax_shapes"
+    VERSION = tfds.core.Version("1.1.0")  # the same pictures as 1.0.0; captions say where a single thing is
     description = "One or two coloured shapes with their attributes and a caption."
     BUILDER_CONFIGS = _configs(16, 32, 64, 128, 256)
     ranges = {"train": range(20_000), "test": range(1_000_000, 1_002_000)}

@@ -8,6 +8,7 @@ with the picture, so a judge can be trained to read them back.
 import dataclasses
 import functools
 import math
+import re
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,6 +26,8 @@ COLOURS = {
 }
 SIZES = {"small": 0.13, "large": 0.22}  # radius, in image sides
 RELATIONS = ("left of", "right of", "above", "below")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+UNCLEAR = 0.06  # a centre nearer to the middle than this, in image sides, is neither left nor right of it
 BACKGROUNDS = {"black": (20, 20, 20), "grey": (128, 128, 128), "white": (240, 240, 240)}
 # Chosen for a like area; none reaches further from its centre than its size.
 RADII = {
@@ -46,6 +49,7 @@ ATTRIBUTES = {
     "colour2": (*COLOURS, "none"),
     "size2": (*SIZES, "none"),
     "relation": (*RELATIONS, "none"),
+    "place": (*PLACES, "none"),
     "background": tuple(BACKGROUNDS),
 }
 
@@ -74,14 +78,23 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """For example 'a small red circle left of a large blue square'."""
-        return f" {self.relation} ".join(str(thing) for thing in self.things)
+        """For example 'a small red circle left of a large blue square', or 'a large pink ring at the top left'."""
+        where = "" if self.place == "none" else f" at the {self.place}"
+        return f" {self.relation} ".join(str(thing) for thing in self.things) + where
+
+    @property
+    def place(self) -> str:
+        """The quarter of the picture in which a single thing clearly stands, else 'none'."""
+        thing = self.things[0]
+        if len(self.things) > 1 or min(abs(thing.x - 0.5), abs(thing.y - 0.5)) < UNCLEAR:
+            return "none"
+        return PLACES[2 * (thing.y > 0.5) + (thing.x > 0.5)]
 
     @property
     def attributes(self) -> dict[str, str]:
         """Every name of ATTRIBUTES with its value in this scene."""
         first, second = (*self.things, None)[:2]
-        out = {"relation": self.relation, "background": self.background}
+        out = {"relation": self.relation, "place": self.place, "background": self.background}
         for key in ("shape", "colour", "size"):
             out[key] = getattr(first, key)
             out[f"{key}2"] = getattr(second, key) if second else "none"
@@ -150,6 +163,26 @@ def draw(scene_: Scene, size: int) -> np.ndarray:
     for thing in scene_.things:
         _draw_thing(pen, thing, side, BACKGROUNDS[scene_.background])
     return np.asarray(image.reduce(OVERSAMPLING))
+
+
+def described(caption: str) -> dict[str, str]:
+    """What a caption says: its names of ATTRIBUTES with their values; those that it leaves open are not there.
+
+    Args:
+      caption: like those of `Scene.caption`; size and place may be left out, as in 'a red circle'.
+
+    Raises:
+      ValueError: it is no such caption.
+    """
+    words = "|".join
+    thing = rf"a (?:({words(SIZES)}) )?({words(COLOURS)}) ({words(SHAPES)})"
+    pattern = rf"{thing}(?: ({words(RELATIONS)}) {thing}| at the ({words(PLACES)}))?"
+    found = re.fullmatch(pattern, caption)
+    if not found:
+        raise ValueError(f"{caption!r} describes no shapes; write it like 'a small red circle at the top left'")
+    names = ("size", "colour", "shape", "relation", "size2", "colour2", "shape2", "place")
+    said = {name: value for name, value in zip(names, found.groups(), strict=True) if value}
+    return said if "relation" in said else {**said, "shape2": "none"}
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, background):
