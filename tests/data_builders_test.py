@@ -6,13 +6,14 @@ import io
 import os
 import tarfile
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from diffax.data import archives, batches, builders, load_source, shapes
+from diffax.data import archives, batches, builders, examples, has_held_out, held_out, image_ops, load_source, shapes
 from diffax.errors import RunError, UserError
 
 DATA = {
@@ -315,6 +316,36 @@ def test_held_out_combinations_are_in_their_split_alone(root):
         load(root, "shapes", 32, holdout=holdout, split="train[:50%]")
 
 
+def words(captions):
+    """A tokenizer of whole words, numbered by their hash."""
+    ids = np.full((len(captions), 16), -1, np.int32)
+    for row, caption in zip(ids, captions, strict=True):
+        numbers = [zlib.crc32(word.encode()) % 2**31 for word in caption.split()]
+        row[: len(numbers)] = numbers
+    return ids
+
+
+def test_held_out_combinations_have_captions(root):
+    data = DATA | {"name": "shapes", "data_dir": root, "holdout": ("red circle", "blue square"), "split": "holdout"}
+    source = load_source(data, shape=(32, 32, 3))
+    batch = examples(source, data, shape=(32, 32, 3), limit=99, tokenize=words)
+    assert 1 < len(batch["caption"]) == len(source)
+    assert all("red circle" in caption or "blue square" in caption for caption in batch["caption"])
+    np.testing.assert_array_equal(batch["text"], words(batch["caption"]))
+
+
+def test_mix_of_prepared_data(root):
+    data = DATA | {"name": "mix", "path": "2 shapes, photos", "data_dir": root}
+    assert has_held_out(data) and not has_held_out(data | {"path": "shapes, folder /x"})
+    mixed = load_source(data, shape=(16, 16, 3))
+    assert len(mixed) == 3 * 75
+    batch = examples(mixed, data, shape=(16, 16, 3), limit=6, tokenize=words)
+    scenes = [shapes.scene(i).caption for i in range(4)]
+    assert batch["caption"].tolist() == [scenes[0], "temple", *scenes[1:3], "flower", scenes[3]]
+    tests = examples(held_out(data, shape=(16, 16, 3)), data, shape=(16, 16, 3), limit=1, tokenize=words)
+    assert tests["caption"].tolist() == [shapes.scene(10**6).caption]
+
+
 # ---- photos ----
 
 
@@ -601,6 +632,32 @@ def test_dataset_info_that_is_damaged(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="not a dataset that TFDS can read"):
         load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 1))
+
+
+def test_prepared_data_with_several_captions(tmp_path):
+    """As MS-COCO has them: a list of texts for each picture."""
+
+    class Told(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=(8, 8, 3), encoding_format="png")
+            texts = tfds.features.Sequence(tfds.features.Text())
+            features = tfds.features.FeaturesDict({"image": image, "captions": texts})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, texts in enumerate((["a cat", "é"], ["one"], [])):
+                pixels = np.zeros((8, 8, 3), np.uint8)
+                yield i, {"image": image_ops.encode_png(pixels), "captions": texts}
+
+    Told(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+    source = load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 3))
+    assert source.keys == ("caption",)
+    assert [record["caption"] for record in source] == [("a cat", "é"), ("one",), ""]
 
 
 def test_dataset_without_images(tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffax.data import batches, load_source
-from diffax.data.folders import MAX_CAPTION, clean_caption
+from diffax.data import batches, has_held_out, load_source
+from diffax.data.folders import MAX_CAPTION, MAX_CAPTIONS, clean_caption
 from diffax.errors import UserError
 
 DATA = {
@@ -142,6 +142,38 @@ def test_captions_from_metadata(tmp_path):
     assert batch["caption"].tolist() == ["a red field", "blue"]
 
 
+def test_pictures_with_several_captions(tmp_path):
+    for name in "abcde":
+        write(tmp_path, f"{name}.png")
+    (tmp_path / "a.txt").write_text("one\r\n \n  two\tlines \n")
+    (tmp_path / "b.txt").write_text("\none\n")
+    (tmp_path / "c.txt").write_text("\n \0\n")
+    (tmp_path / "d.txt").write_text("x\n" * 10**6)
+    (tmp_path / "e.txt").write_bytes(b"")
+    want = [("one", "two lines"), "one", "", ("x",) * MAX_CAPTIONS, ""]
+    assert [record["caption"] for record in load(tmp_path, "captions")] == want
+    texts = [["one", " ", "two\nlines"], "one", [], ["x"] * 10**3, [""]]
+    rows = [{"file_name": f"{name}.png", "text": text} for name, text in zip("abcde", texts, strict=True)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [record["caption"] for record in load(tmp_path, "captions")] == want
+
+
+def test_mix_of_folders(tmp_path):
+    """Captions, names of classes, and paths of their own with blanks in them."""
+    for i in range(4):
+        write(tmp_path / "told you", f"{i}.png", (i, 0, 0))
+        (tmp_path / "told you" / f"{i}.txt").write_text(f"number {i}")
+    write(tmp_path / "sorted", "big_dog/1.png", (9, 0, 0))
+    data = DATA | {"name": "mix", "path": f"2 captions {tmp_path}/told you,folder {tmp_path / 'sorted'} "}
+    source = load_source(data, shape=(8, 8, 3))
+    assert len(source) == 6 and source.keys == ("caption",)
+    want = ["number 0", "big dog", "number 1", "number 2", "big dog", "number 3"]
+    assert [record["caption"] for record in source] == want
+    assert [int(record["image"][0, 0, 0]) for record in source] == [0, 9, 1, 2, 9, 3]
+    assert not has_held_out(data)
+    assert source.where(1) == f"big_dog/1.png of {tmp_path / 'sorted'}"
+
+
 def test_captions_from_text_files(tmp_path):
     write(tmp_path, "a/1.png")
     write(tmp_path, "b.jpg")
@@ -163,6 +195,8 @@ def test_captions_from_text_files(tmp_path):
         ("not json", "metadata.jsonl:2"),
         ("[]", "metadata.jsonl:2"),
         ('{"file_name": "1.png", "text": 5}', "metadata.jsonl:2"),
+        ('{"file_name": "1.png", "text": ["x", 5]}', "metadata.jsonl:2"),
+        ('{"file_name": "1.png", "text": {"x": "y"}}', "metadata.jsonl:2"),
         ("[" * 100_000, "metadata.jsonl:2"),
         ('{"file_name": "../1.png", "text": ""}', "leads out of the folder; .*metadata.jsonl:2"),
         ('{"file_name": "/etc/1.png", "text": ""}', "leads out of the folder"),

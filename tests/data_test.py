@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from diffax.data import Source, batches, load_source, names
+from diffax.data import Source, batches, examples, load_source, names
 from diffax.data.image_ops import BadRecord
+from diffax.data.source import captioned, mix
 from diffax.errors import RunError, UserError
 
 DATA = {
@@ -219,6 +220,143 @@ def test_bad_requests_are_refused_at_once(kwargs, text):
         take(0, toy(8), **kwargs)
 
 
+# ---- captions ----
+
+
+def spell(captions):
+    """A tokenizer of single characters: int32 [n, 12]."""
+    rows = [[ord(c) for c in caption[:12]] for caption in captions]
+    return np.array([row + [-1] * (12 - len(row)) for row in rows], np.int32).reshape(-1, 12)
+
+
+def talkative(size):
+    """Record i has i % 3 + 1 captions."""
+
+    def read(i):
+        texts = tuple(f"{i} {'abc'[k]}" for k in range(i % 3 + 1))
+        return {"image": np.zeros((6, 6, 3), np.uint8), "caption": texts if len(texts) > 1 else texts[0]}
+
+    return Source("talkative", size, read, ("caption",))
+
+
+def read_back(batch):
+    return ["".join(chr(c) for c in row if c >= 0) for row in batch["text"]]
+
+
+def test_captions_become_text():
+    for batch in take(3, toy(20), batch_size=8, tokenize=spell):
+        assert set(batch) == {"image", "index", "label", "text"}
+        assert batch["text"].shape == (8, 12) and batch["text"].dtype == np.int32
+        assert read_back(batch) == [f"number {i}" for i in batch["index"]]
+    assert_same(
+        [{k: v for k, v in batch.items() if k != "text"} for batch in take(3, toy(20), batch_size=8, tokenize=spell)],
+        take(3, toy(20), batch_size=8),
+    )
+
+
+def test_one_of_several_captions_is_drawn_at_each_visit():
+    seen = {i: [] for i in range(8)}
+    stream = take(30, talkative(8), batch_size=8, tokenize=spell, keys=("caption",))
+    for batch in stream:
+        assert batch["caption"].tolist() == read_back(batch)
+        for i, text in zip(batch["index"], read_back(batch), strict=True):
+            number, letter = text.split()
+            assert number == str(i)
+            seen[int(i)].append(letter)
+    assert {i: set(letters) for i, letters in seen.items()} == {i: set("abc"[: i % 3 + 1]) for i in range(8)}
+    assert all(3 < seen[i].count(letter) < 18 for i in (2, 5) for letter in "abc"), "even"
+    assert_same(stream[7:9], take(2, talkative(8), batch_size=8, tokenize=spell, keys=("caption",), start_step=7))
+    again = take(9, talkative(8), batch_size=8, tokenize=spell, seed=1)
+    assert [sorted(read_back(batch)) for batch in again] != [sorted(read_back(batch)) for batch in stream[:9]]
+
+
+def test_processes_share_captions_too():
+    whole = take(4, talkative(17), batch_size=8, tokenize=spell)
+    parts = [take(4, talkative(17), batch_size=8, tokenize=spell, process_index=p, process_count=2) for p in range(2)]
+    assert_same(whole, [{k: np.concatenate([part[n][k] for part in parts]) for k in whole[n]} for n in range(4)])
+
+
+def test_examples_have_first_captions_as_text_and_as_they_are():
+    batch = examples(talkative(5), DATA, shape=SHAPE, limit=4, tokenize=spell)
+    assert batch["caption"].tolist() == read_back(batch) == ["0 a", "1 a", "2 a", "3 a"]
+    batch = examples(toy(5), DATA, shape=SHAPE, limit=2, tokenize=spell)
+    assert set(batch) == {"image", "index", "label", "caption", "text"}
+    assert set(examples(toy(5), DATA, shape=SHAPE, limit=2)) == {"image", "index", "label"}
+
+
+def test_batches_without_rows_have_text_of_the_same_length():
+    parts = [
+        take(9, talkative(9), batch_size=8, train=False, tokenize=spell, process_index=p, process_count=2)
+        for p in range(2)
+    ]
+    assert [[batch["text"].shape for batch in part] for part in parts] == [[(4, 12), (1, 12)], [(4, 12), (0, 12)]]
+
+
+def classes(size, labels=(0, 1, 2)):
+    read = lambda i: {"image": np.full((6, 6, 3), i, np.uint8), "label": np.int32(labels[i % len(labels)])}  # noqa: E731
+    return Source("classes", size, read, ("label",), ("tabby_cat", "dog", "ring"))
+
+
+def test_classes_are_captioned_by_their_names():
+    (batch,) = take(1, classes(6), batch_size=6, tokenize=spell, train=False)
+    assert read_back(batch) == ["tabby cat", "dog", "ring"] * 2 and batch["label"].tolist() == [0, 1, 2] * 2
+    assert captioned(classes(2, labels=(-1,)))[0]["caption"] == ""
+    source = toy(3)
+    assert captioned(source) is source
+
+
+@pytest.mark.parametrize("keys", [(), ("label",)])
+def test_data_that_nothing_captions_are_refused(keys):
+    source = Source("plain", 5, lambda i: {"image": np.zeros((6, 6, 3), np.uint8), "label": 0}, keys)
+    with pytest.raises(UserError, match="the data have neither captions nor named classes; plain; take other data"):
+        batches(source, DATA, shape=SHAPE, batch_size=1, seed=0, tokenize=spell)
+
+
+# ---- mixes ----
+
+
+def test_mix_holds_sources_by_weight_and_every_record():
+    mixed = mix([talkative(10), classes(4), toy(3)], [3, 1, 1])
+    assert len(mixed) == 5 * 4 and mixed.keys == ("caption",) and mixed.class_names == ()
+    where = [mixed.where(i) for i in range(20)]
+    for start in range(0, 20, 5):
+        assert [w.split(" of ")[1] for w in where[start : start + 5]].count("talkative") == 3
+    assert [w.split(" of ")[1] for w in where[:5]] == ["talkative", "talkative", "classes", "toy", "talkative"]
+    records = {
+        name: [w.split(" of ")[0] for w in where if w.endswith(name)] for name in ("talkative", "classes", "toy")
+    }
+    assert records["talkative"] == [f"record {i % 10}" for i in range(12)]
+    assert records["classes"] == [f"record {i}" for i in range(4)]
+    assert records["toy"] == [f"img/{i % 3:05d}.png" for i in range(4)]
+    captions = [record["caption"] for record in mixed]
+    assert captions[:5] == ["0 a", ("1 a", "1 b"), "tabby cat", "number 0", ("2 a", "2 b", "2 c")]
+    assert mixed[2].keys() == {"image", "caption"}
+    np.testing.assert_array_equal(mixed[3]["image"], toy(3)[0]["image"])
+
+
+def test_mix_of_one_is_that_one():
+    mixed = mix([toy(7)], [1])
+    assert [record["caption"] for record in mixed] == [record["caption"] for record in toy(7)]
+
+
+def test_mix_with_a_source_that_nothing_captions_has_pictures_only():
+    plain = Source("plain", 5, lambda i: {"image": np.zeros((6, 6, 3), np.uint8)})
+    mixed = mix([toy(5), plain], [1, 1])
+    assert mixed.keys == () and mixed[0].keys() == {"image"}
+    (batch,) = take(1, mixed, batch_size=10, train=False)
+    assert set(batch) == {"image", "index"}
+    with pytest.raises(UserError, match="neither captions nor named classes; mix of 1 toy, 1 plain; "):
+        take(1, mixed, batch_size=10, tokenize=spell)
+
+
+def test_mixed_batches_resume_and_name_bad_records(caplog):
+    caplog.set_level(logging.WARNING, "diffax.data")
+    mixed = mix([toy(10, bad={4}), talkative(10)], [1, 1])
+    straight = take(8, mixed, batch_size=6, tokenize=spell)
+    assert_same(straight[5:], take(3, mixed, batch_size=6, tokenize=spell, start_step=5))
+    assert "skipping img/00004.png of toy: truncated" in caplog.text
+
+
 def test_source_has_a_length_and_an_end():
     source = toy(3)
     assert [len(source), source[2]["label"], len(list(source))] == [3, 2, 3]
@@ -239,6 +377,13 @@ def test_source_has_a_length_and_an_end():
         ({"name": "digits", "data_dir": "gs://bucket/x"}, "not a local folder; data.data_dir"),
         ({"name": "shapes", "holdout": ("red star",)}, "no such combination 'red star'"),
         ({"name": "shapes", "split": "holdout"}, "split 'holdout' is empty; data.holdout"),
+        ({"name": "mix"}, "not a part of a mix: ''; data.path=''; write data apart by commas"),
+        ({"name": "mix", "path": "shapes, mix"}, "not a part of a mix: 'mix'"),
+        ({"name": "mix", "path": "0.5 shapes"}, "not a part of a mix: '0.5 shapes'"),
+        ({"name": "mix", "path": "0 shapes"}, "not a part of a mix: '0 shapes'"),
+        ({"name": "mix", "path": "9999 shapes"}, "a whole weight of 1 to 1000"),
+        ({"name": "mix", "path": "2 folder"}, "no folder given; data.path"),
+        ({"name": "mix", "path": "captions /no/such"}, "no such folder; data.path='/no/such'"),
     ],
 )
 def test_bad_data_sections_are_refused_before_anything_is_prepared(change, text, tmp_path):
@@ -263,6 +408,7 @@ def test_names_are_the_datasets():
         "folder",
         "captions",
         "tfds",
+        "mix",
     ]
 
 

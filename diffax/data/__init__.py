@@ -1,7 +1,19 @@
 """Datasets and batches: TFDS builders and folders, read with Grain, without TensorFlow."""
 
+from diffax.data import image_ops, shapes
 from diffax.data.load import has_held_out, held_out, load_source, names
 from diffax.data.pipeline import batches, examples
-from diffax.data.source import Source
+from diffax.data.source import Source, can_caption
 
-__all__ = ["Source", "batches", "examples", "has_held_out", "held_out", "load_source", "names"]
+__all__ = [
+    "Source",
+    "batches",
+    "can_caption",
+    "examples",
+    "has_held_out",
+    "held_out",
+    "image_ops",
+    "load_source",
+    "names",
+    "shapes",
+]

@@ -19,10 +19,11 @@ from diffax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A file on the web and the MD5 its publisher gives."""
+    """A file on the web and the checksum that its publisher gives: MD5, or where there is one, SHA-256."""
 
     url: str
-    md5: str
+    md5: str = ""
+    sha256: str = ""
 
     @property
     def file_name(self) -> str:
@@ -65,10 +66,12 @@ def fetch(archive: Archive, folder: str) -> str:
     path = os.path.join(folder, archive.file_name)
     if not os.path.exists(path):
         _download(archive, path)
-    found = _md5(path)
-    if found != archive.md5:
+    kind, expected = ("sha256", archive.sha256) if archive.sha256 else ("md5", archive.md5)
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if found != expected:
         raise UserError(
-            f"archive is damaged: MD5 {found}, expected {archive.md5}; {path}; delete the file and run again"
+            f"archive is damaged: {kind.upper()} {found}, expected {expected}; {path}; delete the file and run again"
         )
     return path
 
@@ -105,11 +108,6 @@ def _no_download(archive: Archive, path: str, error: OSError) -> UserError:
     return UserError(
         f"cannot download {archive.file_name} ({reason}); {archive.url}; fetch it by hand into {os.path.dirname(path)}"
     )
-
-
-def _md5(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def tar_members(path: str) -> Iterator[tuple[str, bytes]]:

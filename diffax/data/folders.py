@@ -3,7 +3,7 @@
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SPLITS = ("train", "test", "val", "valid", "validation")
 # No text encoder reads more than a few hundred tokens; a file can be any size.
 MAX_CAPTION = 4096
+MAX_CAPTIONS = 64
 
 
 def folder(path: str, split: str, channels: int) -> Source:
@@ -51,10 +52,10 @@ def folder(path: str, split: str, channels: int) -> Source:
 
 
 def captions(path: str, split: str, channels: int) -> Source:
-    """Images with a caption each, from `metadata.jsonl` or from a text file beside every image.
+    """Images with one or more captions each, from `metadata.jsonl` or from a text file beside every image.
 
-    A line of `metadata.jsonl` is {"file_name": "img/1.png", "text": "..."} ("caption" will do);
-    otherwise img/1.png is captioned by img/1.txt.
+    A line of `metadata.jsonl` is {"file_name": "img/1.png", "text": "..."}, where "text" ("caption" will do) can also
+    be a list of captions; otherwise img/1.png is captioned by every line of img/1.txt that is not blank.
 
     Raises:
       UserError: no such folder or split, no image, a line that is not as above, a name that leads
@@ -65,7 +66,7 @@ def captions(path: str, split: str, channels: int) -> Source:
     if os.path.exists(listing):
         files, texts = _read_listing(listing)
 
-        def caption(index: int) -> str:
+        def caption(index: int) -> str | tuple[str, ...]:
             return texts[index]
     else:
         files = _images(root)
@@ -77,15 +78,21 @@ def captions(path: str, split: str, channels: int) -> Source:
                 f"{_shown(missing[0])}; {root}; add the files or a metadata.jsonl"
             )
 
-        def caption(index: int) -> str:
-            data = _bytes(root, texts[index], 4 * MAX_CAPTION)
-            return clean_caption(data.decode("utf-8-sig", "replace"))
+        def caption(index: int) -> str | tuple[str, ...]:
+            data = _bytes(root, texts[index], 4 * MAX_CAPTION * MAX_CAPTIONS)
+            return _clean(data.decode("utf-8-sig", "replace").splitlines())
 
     def read(index: int) -> dict[str, Any]:
         pixels = image_ops.decode(_bytes(root, files[index]), channels=channels)
         return {"image": pixels, "caption": caption(index)}
 
     return Source(root, len(files), read, ("caption",), (), lambda i: _shown(files[i]))
+
+
+def _clean(texts: Sequence[str]) -> str | tuple[str, ...]:
+    """The captions that are not blank, at most MAX_CAPTIONS: one alone, '' if there is none, else a tuple."""
+    clean = tuple(filter(None, map(clean_caption, texts[:MAX_CAPTIONS])))
+    return clean if len(clean) > 1 else "".join(clean)
 
 
 def clean_caption(text: str) -> str:
@@ -144,7 +151,7 @@ def _walk(root: str, below: str, seen: set[str]) -> Iterator[str]:
             yield name
 
 
-def _read_listing(path: str) -> tuple[list[str], list[str]]:
+def _read_listing(path: str) -> tuple[list[str], list[str | tuple[str, ...]]]:
     files, texts = [], []
     with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -160,11 +167,12 @@ def _read_listing(path: str) -> tuple[list[str], list[str]]:
     return files, texts
 
 
-def _parse_line(line: str, where: str) -> tuple[str, str]:
+def _parse_line(line: str, where: str) -> tuple[str, str | tuple[str, ...]]:
     try:
         row = json.loads(line)
-        file, text = row["file_name"], row["text"] if "text" in row else row["caption"]
-        if not isinstance(file, str) or not isinstance(text, str):
+        file, texts = row["file_name"], row["text"] if "text" in row else row["caption"]
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(file, str) or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
@@ -172,7 +180,7 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
         ) from None
     if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/") or "\0" in file:
         raise UserError(f"file name {_shown(file)} leads out of the folder; {where}; use a name relative to it")
-    return file, clean_caption(text)
+    return file, _clean(texts)
 
 
 def _bytes(root: str, name: str, limit: int = 2**30) -> bytes:

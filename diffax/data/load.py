@@ -5,6 +5,7 @@ import difflib
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +13,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from diffax.data import builders, folders, image_ops, shapes
-from diffax.data.source import Source
+from diffax.data.source import Source, mix
 from diffax.errors import UserError
 
 # Decoded images of a dataset up to this size stay in memory: a small network outruns the decoding.
 CACHE_BYTES = 256 * 2**20
+# Of the weights in a mix.
+MAX_WEIGHT = 1000
+_PART = re.compile(r"\s*(?:(\d+)\s+)?(\S*)\s*(.*?)\s*", re.DOTALL)
 
 
 def names() -> list[str]:
     """Every value that data.name can have."""
-    return [*builders.BUILDERS, "folder", "captions", "tfds"]
+    return [*builders.BUILDERS, "folder", "captions", "tfds", "mix"]
 
 
 def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
@@ -31,7 +35,9 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
       data: the `data` section of a stage: name, path, data_dir, split, and label, the column of
         classes to use (of data with several, as shapes: 'colour'); for shapes also holdout,
         combinations such as 'red circle' to keep out of every split but 'holdout', and single, to
-        leave out scenes of two things.
+        leave out scenes of two things. Name 'mix' reads several data in turn, those that path lists, each with
+        its weight and its own path if it has them: '2 shapes, photos, 3 captions /data/birds', no comma in
+        a path (see `diffax.data.source.mix`); the rest of the section goes for all of them.
       shape: (height, width, channels) the images are wanted in. Channels (1 or 3) are converted
         here; sizes only choose between prepared sizes, `batches` resizes.
 
@@ -53,6 +59,9 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
         hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
         raise UserError(f"unknown data {name!r}, there is {', '.join(names())}; data.name; {hint}")
     split, path, label = data["split"], data["path"], data.get("label", "label")
+    if name == "mix":
+        weights, parts = zip(*_parts(data), strict=True)
+        return mix([load_source(part, shape=shape) for part in parts], weights)
     if name == "folder":
         return folders.folder(path, split, channels)
     if name == "captions":
@@ -69,12 +78,29 @@ def load_source(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
 
 def has_held_out(data: Mapping[str, Any]) -> bool:
     """Whether the data a config names have a test split by that name (those that diffax prepares do)."""
+    if data["name"] == "mix":
+        return all(has_held_out(part) for _, part in _parts(data))
     return data["name"] in builders.BUILDERS
 
 
 def held_out(data: Mapping[str, Any], *, shape: Sequence[int]) -> Source:
     """The test split of the data a config names, or the split it names where there is none; see `load_source`."""
     return load_source({**data, "split": "test"} if has_held_out(data) else data, shape=shape)
+
+
+def _parts(data: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Weight and `data` section of every part of a mix."""
+    parts = []
+    for text in data["path"].split(","):
+        weight, name, path = _PART.fullmatch(text).groups()
+        if name not in names() or name == "mix" or not 0 < int(weight or 1) <= MAX_WEIGHT:
+            raise UserError(
+                f"not a part of a mix: {text.strip()!r}; data.path={data['path']!r}; write data apart by commas, each "
+                f"as [WEIGHT] NAME [PATH] with a whole weight of 1 to {MAX_WEIGHT}, as in '2 shapes, captions /birds', "
+                f"and as NAME {', '.join(names()[:-1])}"
+            )
+        parts.append((int(weight or 1), {**data, "name": name, "path": path}))
+    return parts
 
 
 def _shapes(data: Mapping[str, Any], side: int, channels: int) -> Source:
@@ -158,7 +184,7 @@ def _from_tfds(builder, split: str, channels: int, label: str) -> Source:
             "name one of them"
         )
     caption_key = next(
-        (key for key in ("caption", "text") if key in features and isinstance(features[key], tfds.features.Text)),
+        (key for key in ("caption", "captions", "text") if key in features and _is_text(features[key])),
         None,
     )
     try:
@@ -177,7 +203,7 @@ def _from_tfds(builder, split: str, channels: int, label: str) -> Source:
         if label in record:
             record["label"] = record[label]
         if caption_key:
-            record["caption"] = example[caption_key].decode("utf-8", "replace")
+            record["caption"] = _texts(example[caption_key])
         return record | {"image": image_ops.decode(example[image_key], channels=channels)}
 
     keys = dict.fromkeys((*labels, *(["label"] if label in labels else []), *(["caption"] if caption_key else [])))
@@ -193,3 +219,14 @@ def _from_tfds(builder, split: str, channels: int, label: str) -> Source:
         names_,
         f"{builder.info.full_name}[{split}] record {{}}".format,
     )
+
+
+def _is_text(feature) -> bool:
+    """Whether a feature is a text, or a list of texts."""
+    return isinstance(getattr(feature, "feature", feature), tfds.features.Text)
+
+
+def _texts(value: bytes | np.ndarray) -> str | tuple[str, ...]:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return tuple(text.decode("utf-8", "replace") for text in value) or ""

@@ -9,14 +9,14 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from diffax.data import image_ops
-from diffax.data.source import Source
+from diffax.data.source import Source, captioned
 from diffax.errors import RunError, UserError
 
 log = logging.getLogger("diffax.data")
@@ -37,6 +37,7 @@ def batches(
     process_count: int = 1,
     keys: Sequence[str] | None = None,
     low_res: Mapping[str, Any] | None = None,
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
     train: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's rows of global batch `start_step`, `start_step + 1`, ...
@@ -47,6 +48,9 @@ def batches(
     empty on the later processes.
 
     A record that cannot be read is replaced by the next one that can, and named once.
+
+    Of a picture's captions one is drawn from (seed, position), without `train` the first is taken. Flips and crops do
+    not know what a caption says: data.flip makes 'left of' wrong, data.crop='random' can cut off what is named.
 
     Args:
       source: from `load_source`.
@@ -59,13 +63,15 @@ def batches(
       keys: which of `source.keys` to yield; by default 'label' where there are labels.
       low_res: the `low_res` section of a stage: also yield the picture `factor` times smaller, as a JPEG of a quality
         drawn from the range `jpeg` would show it.
+      tokenize: captions -> int32 [n, length] (see `diffax.tokenizer`): also yield them as 'text'. Data without captions
+        are captioned by the names of their classes.
 
     Yields:
       'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, the record
-      read; the keys asked for, int32 (a caption: str objects).
+      read; the keys asked for, int32 (a caption: str objects); 'text': int32 [.., length].
 
     Raises:
-      UserError: a batch that processes cannot share evenly, a key the data does not have.
+      UserError: a batch that processes cannot share evenly, a key the data does not have, data that nothing captions.
       RunError: (while iterating) more than data.max_bad records are unreadable.
     """
     if keys is None:
@@ -74,6 +80,8 @@ def batches(
         raise UserError(
             f"batch size {batch_size} is not divisible by {process_count} processes; train.batch_size; use a multiple"
         )
+    if tokenize:
+        source = captioned(source)
     for key in keys:
         if key not in source.keys:
             raise UserError(
@@ -84,9 +92,9 @@ def batches(
         raise UserError(f"unknown crop {data['crop']!r}; data.crop; use 'center' or 'random'")
     height, width, _ = shape = tuple(shape)
     rows = batch_size // process_count
-    order, augment = _in_order, _center
+    order, augment, choose = _in_order, _center, _first
     if train:
-        order, augment = _shuffled(len(source), data, seed), _random(data, seed)
+        order, augment, choose = _shuffled(len(source), data, seed), _random(data, seed), _any(data, seed)
     reader = _Reader(source, data["max_bad"])
     # Threads read a few rows at a time: single ones cost more in hand-overs than in decoding.
     chunk = math.gcd(rows, 16)
@@ -101,6 +109,8 @@ def batches(
 
     def edit(record: dict[str, Any], position: int) -> dict[str, Any]:
         pixels = augment(record["image"], height, width, position)
+        if "caption" in record:
+            record = record | {"caption": choose(record["caption"], position)}
         if not low_res:
             return record | {"image": pixels}
         low, high = low_res["jpeg"][0], low_res["jpeg"][-1]
@@ -113,14 +123,25 @@ def batches(
         grain.MapDataset.range(start_step * parts, end * parts)
         .map(load)
         .to_iter_dataset(grain.ReadOptions(threads, max(threads, 2 * parts)))
-        .batch(parts, batch_fn=lambda jobs: _collate(list(itertools.chain(*jobs)), shape, keys))
+        .batch(parts, batch_fn=lambda jobs: _collate(list(itertools.chain(*jobs)), shape, keys, tokenize))
     )
 
 
-def examples(source: Source, data: Mapping[str, Any], *, shape: Sequence[int], limit: int) -> dict[str, np.ndarray]:
-    """The first `limit` records in order, as one batch: see `batches`."""
-    size = min(limit, len(source))
-    return next(batches(source, data, shape=shape, batch_size=size, seed=0, train=False))
+def examples(
+    source: Source,
+    data: Mapping[str, Any],
+    *,
+    shape: Sequence[int],
+    limit: int,
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """The first `limit` records in order, as one batch: see `batches`. With `tokenize` also their captions, as str."""
+    size, keys = min(limit, len(source)), None
+    if tokenize:
+        source = captioned(source)
+        keys = tuple(key for key in ("label", "caption") if key in source.keys)
+    stream = batches(source, data, shape=shape, batch_size=size, seed=0, keys=keys, tokenize=tokenize, train=False)
+    return next(stream)
 
 
 def _in_order(position: int) -> int:
@@ -137,6 +158,20 @@ def _shuffled(size: int, data, seed: int):
 def _center(pixels, height: int, width: int, position: int) -> np.ndarray:
     del position
     return image_ops.center_crop(pixels, height, width)
+
+
+def _first(captions: str | Sequence[str], position: int) -> str:
+    del position
+    return captions if isinstance(captions, str) else captions[0]
+
+
+def _any(data, seed: int):
+    def choose(captions: str | Sequence[str], position: int) -> str:
+        if isinstance(captions, str):
+            return captions
+        return captions[np.random.default_rng((seed, data["shuffle_seed"], position, 2)).integers(len(captions))]
+
+    return choose
 
 
 def _random(data, seed: int):
@@ -192,12 +227,14 @@ class _Reader:
                 )
 
 
-def _collate(records: Sequence[dict[str, Any]], shape, keys) -> dict[str, np.ndarray]:
+def _collate(records: Sequence[dict[str, Any]], shape, keys, tokenize) -> dict[str, np.ndarray]:
     batch = {"image": _floats([record["image"] for record in records], shape)}
     batch["index"] = np.array([record["index"] for record in records], np.int64)
     if records and "low_res" in records[0]:
         small = [record["low_res"] for record in records]
         batch["low_res"] = _floats(small, small[0].shape)
+    if tokenize:
+        batch["text"] = tokenize([record["caption"] for record in records])
     for key in keys:
         values = [record[key] for record in records]
         batch[key] = np.array(values, object if key == "caption" else np.int32)
