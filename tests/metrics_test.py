@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from diffax import metrics
+from tests.parity import golden
+
+GOLDEN = {"g_fid", "g_inception_score", "g_precision_recall", "g_kid"} <= {*golden.case_names()}
+needs_golden = pytest.mark.skipif(not GOLDEN, reason="no cases of metrics in the golden folder")
 
 
 def test_spread_is_the_rms_distance_of_two_pictures_of_a_class():
@@ -81,3 +85,120 @@ def test_patches_tell_blurred_pictures_from_sharp_ones():
     blurred = (sharp + np.roll(sharp, 1, axis=1) + np.roll(sharp, 1, axis=2)) / 3
     distances = [metrics.frechet_distance(metrics.patches(x), metrics.patches(others)) for x in (sharp, blurred)]
     assert distances[0] < distances[1] / 3, distances
+
+
+# ---- published metrics ----------------------------------------------------------------------------------------------
+
+
+@needs_golden
+def test_fid_and_sfid_are_those_of_adm():
+    _, inputs, want = golden.load_case("g_fid")
+    for pair in ("pool", "spatial"):
+        first, second = (inputs[f"{pair}_{i}"].reshape(len(inputs[f"{pair}_{i}"]), -1) for i in (1, 2))
+        np.testing.assert_allclose(metrics.frechet_distance(first, second), want[f"distance.{pair}"], rtol=1e-9)
+    for i in (1, 2):
+        got = metrics.moments(inputs[f"pool_{i}"])
+        np.testing.assert_allclose(got.mean, want[f"mu_{i}"], rtol=1e-6)  # ADM takes this mean in float32
+        np.testing.assert_allclose(got.covariance, want[f"sigma_{i}"], rtol=1e-9, atol=1e-12)
+
+
+@needs_golden
+def test_inception_score_is_that_of_adm_and_of_torch_fidelity():
+    meta, inputs, want = golden.load_case("g_inception_score")
+    for size in meta["config"]["split_sizes"]:
+        got, _ = metrics.inception_score(inputs["logits"], split_size=size)
+        np.testing.assert_allclose(got, want[f"split_size.{size}"], rtol=1e-7)
+    for splits in meta["config"]["splits"]:
+        got = metrics.inception_score(inputs["logits"], splits=splits)
+        np.testing.assert_allclose(got, (want[f"splits.{splits}.mean"], want[f"splits.{splits}.std"]), rtol=1e-9)
+
+
+@needs_golden
+@pytest.mark.parametrize("block", [2**24, 1000, 1])
+def test_precision_and_recall_are_those_of_adm(block, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    meta, inputs, want = golden.load_case("g_precision_recall")
+    k, real, made = meta["config"]["k"], inputs["ref"], inputs["sample"]
+    for name, points, centres in (("sample_in_ref", made, real), ("ref_in_sample", real, made)):
+        radii = metrics.neighbour_radii(centres, k)
+        np.testing.assert_allclose(radii, want["radii_sq_ref" if centres is real else "radii_sq_sample"], rtol=1e-9)
+        np.testing.assert_array_equal(metrics.within(points, centres, radii), want[f"{name}_manifold"])
+    got = metrics.precision_recall(real, made, k=k)
+    assert got == (want["precision"], want["recall"])
+
+
+@needs_golden
+def test_kid_is_that_of_torch_fidelity():
+    meta, inputs, want = golden.load_case("g_kid")
+    first, second, c = inputs["act_1"], inputs["act_2"], meta["config"]
+    np.testing.assert_allclose(metrics.squared_mmd(first, second), want["mmd2_all"], rtol=1e-9)
+    got = metrics.kid(first, second, subsets=c["kid_subsets"], subset_size=c["kid_subset_size"], seed=c["rng_seed"])
+    np.testing.assert_allclose(got, (want["kid_mean"], want["kid_std"]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("block", [2**24, 7])
+def test_moments_are_those_of_numpy_and_merge(block, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    # A mean that is large beside the spread: sums of squares alone would lose it in float32.
+    x = (features(60, 5, seed=3) + 1e4).astype(np.float32)
+    got = metrics.moments(x)
+    np.testing.assert_allclose(got.mean, x.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(got.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9)
+    together = metrics.merge(metrics.merge(metrics.moments(x[:7]), metrics.moments(x[7:9])), metrics.moments(x[9:]))
+    assert together.count == 60
+    np.testing.assert_allclose(together.mean, got.mean, rtol=1e-12)
+    np.testing.assert_allclose(together.covariance, got.covariance, rtol=1e-8)
+
+
+def test_inception_score_of_known_sets():
+    sure = 1e3 * np.eye(10)[np.arange(50) % 10]
+    np.testing.assert_allclose(metrics.inception_score(sure, splits=5), (10, 0), atol=1e-9)
+    np.testing.assert_allclose(metrics.inception_score(np.zeros((50, 10)), splits=5), (1, 0), atol=1e-12)
+    # Adding a number to all logits of a picture changes nothing.
+    logits = np.random.default_rng(0).normal(size=(30, 4))
+    shifted = logits + np.arange(30)[:, None] * 10
+    np.testing.assert_allclose(metrics.inception_score(shifted, splits=3), metrics.inception_score(logits, splits=3))
+    with pytest.raises(ValueError, match="3 pictures do not make 10 parts"):
+        metrics.inception_score(logits[:3], splits=10)
+
+
+def test_precision_and_recall_of_known_sets():
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(60, 3))
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 100) == (0, 0)
+    # Samples of one half of the real pictures are all good, and half of what there is.
+    far = np.concatenate([real, real + 100])
+    precision, recall = metrics.precision_recall(far, real)
+    assert (precision, recall) == (1, 0.5)
+    # Four copies of each: every radius is 0, and rounding must not make it less than a distance of 0.
+    copies = np.tile(rng.normal(size=(50, 301)).astype(np.float32), (4, 1))
+    np.testing.assert_array_equal(metrics.neighbour_radii(copies), np.zeros(200))
+    assert metrics.precision_recall(copies, copies[::-1]) == (1, 1)
+    with pytest.raises(ValueError, match="3 pictures have no neighbour 3"):
+        metrics.neighbour_radii(real[:3])
+
+
+def test_squared_mmd_is_the_definition_and_unbiased():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4)), rng.normal(size=(5, 4)) + 1
+
+    def k(a, b):
+        return (a @ b / 4 + 1) ** 3
+
+    want = np.mean([k(a, b) for a, b in itertools.permutations(x, 2)])
+    want += np.mean([k(a, b) for a, b in itertools.permutations(y, 2)])
+    want -= 2 * np.mean([k(a, b) for a in x for b in y])
+    np.testing.assert_allclose(metrics.squared_mmd(x, y), want)
+    same = [metrics.squared_mmd(*rng.normal(size=(2, 20, 4))) for _ in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 20
+    with pytest.raises(ValueError, match="subset_size 9 cannot be, of 6 and 5 pictures"):
+        metrics.kid(x, y, subset_size=9)
+
+
+def test_clip_score_is_a_hundred_times_the_cosine():
+    image = np.array([[1.0, 0], [0, 2], [3, 3], [1, 0]])
+    text = np.array([[5.0, 0], [1, 0], [0, 1], [-1, 0]], np.float32)
+    np.testing.assert_allclose(metrics.clip_score(image, text), 100 * (1 + 0 + np.sqrt(0.5) - 1) / 4)
+    with pytest.raises(ValueError, match="one caption for each picture"):
+        metrics.clip_score(image, text[:2])
