@@ -43,6 +43,47 @@ def area_downsample(x: Array, factor: int) -> Array:
     return squares.mean((2, 4))
 
 
+def random_known(keys: Array, shape: tuple[int, ...], *, empty: float) -> Array:
+    """Which pixels an inpainting model is told in training: all but a random box, or a random box alone.
+
+    GLIDE erases random regions (section 3.3) and publishes no distribution. Here the sides of the box are uniform
+    between a quarter of the picture and all of it, and it is what is erased in three of four pictures.
+
+    Args:
+      keys: [B] typed PRNG keys.
+      shape: (H, W, ...) of a picture.
+      empty: share of the pictures of which nothing is known, so that the model still paints from text alone.
+
+    Returns:
+      [B, H, W, 1] float32, 1 where a pixel is known.
+    """
+
+    def one(key):
+        kind, side, place, none = jax.random.split(key, 4)
+        sides = jax.random.uniform(side, (2,), minval=0.25, maxval=1.0)
+        starts = jax.random.uniform(place, (2,)) * (1 - sides)
+        inside = [
+            (jnp.arange(n) >= jnp.floor(n * a)) & (jnp.arange(n) < jnp.ceil(n * (a + b)))
+            for n, a, b in zip(shape, starts, sides, strict=False)
+        ]
+        box = inside[0][:, None] & inside[1][None]
+        known = jnp.where(jax.random.bernoulli(kind, 0.75), ~box, box)
+        return jnp.where(jax.random.bernoulli(none, empty), False, known)[..., None].astype(jnp.float32)
+
+    return jax.vmap(one)(keys)
+
+
+def masked(x: Array, known: Array) -> Array:
+    """The condition 'inpaint': [B, H, W, C] and [B, H, W, 1] -> [B, H, W, C + 1], unknown pixels hidden."""
+    return jnp.concatenate([x * known, known], -1)
+
+
+def shrink_known(x: Array, known: Array, factor: int) -> tuple[Array, Array]:
+    """A picture and its mask for a stage `factor` times smaller: known is what is known of every pixel below."""
+    squares = 1 - area_downsample(1 - known, factor)
+    return area_downsample(x, factor), jnp.floor(squares + 1e-4)
+
+
 def round_to_bytes(x: Array) -> Array:
     """Pictures in [-1, 1] as they come back from 8-bit files: clipped, on 256 values."""
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1

@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from diffax.errors import UserError
+from diffax.tokenizer import VOCAB_SIZES
 
 # ---- the schema ----------------------------------------------------------------------------------
 
@@ -114,12 +115,12 @@ def _choice(default, *choices) -> Field:
 
 CONTINUOUS = ("cosine_logsnr",)
 SAMPLERS = ("ddpm", "ddim", "heun", "dpm_solver_2m", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc")
-SCALED = ("classifier", "classifier_free")  # guidance that has a scale
-NEEDS_PATH = ("folder", "captions", "tfds")
+SCALED = ("classifier", "classifier_free", "clip")  # guidance that has a scale
+NEEDS_PATH = ("folder", "captions", "tfds", "mix")
 
 STAGE: dict[str, Field] = {
     "shape": _int((32, 32, 3), 1, 8192, lengths=(3, 3)),
-    "takes": _choice((), "label", "low_res"),
+    "takes": _choice((), "label", "text", "inpaint", "low_res"),
     "num_classes": _int(0, high=10**7),
     "low_res.factor": _int(4, 2, 64),
     "low_res.noise": _float(0.0, 0, 1),
@@ -130,7 +131,13 @@ STAGE: dict[str, Field] = {
     "low_res.round": Field(True, bool),
     "low_res.jpeg": _int((), 1, 100, lengths=(0, 2)),
     "low_res.crop": _int(0, high=8192),
-    "data.name": _choice("cifar10", "digits", "shapes", "photos", "folder", "captions", "cifar10", "mnist", "tfds"),
+    "text.tokenizer": _choice("glide", "glide", "clip", "demo"),
+    "text.vocab": Field("", str),
+    "text.length": _int(128, 1, 4096),
+    "inpaint.empty": _float(0.0, 0, 1),
+    "data.name": _choice(
+        "cifar10", "digits", "shapes", "photos", "folder", "captions", "cifar10", "mnist", "tfds", "mix"
+    ),
     "data.path": Field("", str),
     "data.data_dir": Field("", str),
     "data.split": Field("train", str),
@@ -142,7 +149,7 @@ STAGE: dict[str, Field] = {
     "data.holdout": Field((), str, lengths=(0, 48)),
     "data.single": Field(False, bool),
     "data.label": Field("label", str),
-    "net.name": _choice("unet", "unet", "classifier"),
+    "net.name": _choice("unet", "unet", "classifier", "clip"),
     "net.channels": _int(128, 4, 2**16),
     "net.channel_mult": _float((1, 2, 2, 2), 0, 64, above=True, lengths=(1, 12)),
     "net.num_res_blocks": _int(2, 1, 64),
@@ -159,6 +166,19 @@ STAGE: dict[str, Field] = {
     "net.groups": _int(32, 1, 2**16),
     "net.kernel_init": _choice("torch", "torch", "ho"),
     "net.pool": _choice("attention", "attention", "adaptive", "spatial", "spatial_v2"),
+    "net.text.width": _int(512, 1, 2**16),
+    "net.text.layers": _int(16, 1, 256),
+    "net.text.heads": _int(8, 1, 1024),
+    "net.text.vocab_size": _int(0, high=10**7),
+    "net.text.final_norm": Field(True, bool),
+    "net.text.padding_embedding": Field(True, bool),
+    "net.image.width": _int(768, 1, 2**16),
+    "net.image.layers": _int(12, 1, 256),
+    "net.image.heads": _int(12, 1, 1024),
+    "net.image.patch": _int(4, 1, 1024),
+    "net.image.noised": Field(True, bool),
+    "net.features": _int(512, 1, 2**16),
+    "net.activation": _choice("gelu", "gelu", "quick_gelu"),
     "net.dtype": _choice("float32", "float32", "bfloat16"),
     "net.remat": _choice("none", "none", "blocks"),
     "schedule.name": _choice("linear", "linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine", *CONTINUOUS),
@@ -180,13 +200,15 @@ STAGE: dict[str, Field] = {
     "loss.weight": _float(1.0, 0, 10**6, above=True),
     "timesteps.name": _choice("uniform", "uniform", "stratified", "loss_second_moment"),
     "drop": _float(0.0, 0, 1, below=True),
-    "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold", *SCALED),
+    "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold", "keep_known", *SCALED),
     "guidance_scale": _float(1.0, -(10**4), 10**4),
     "classifier": Field("", str),
     "workdir": Field("", str),
     "sampler.name": _choice("ddpm", *SAMPLERS),
     "sampler.eta": _float(0.0, 0, 1),
+    "sampler.temperature": _float(1.0, 0, 2),
     "steps": Field("", str),
+    "train.start_from": Field("", str),
     "train.steps": _int(800_000, 1),
     "train.batch_size": _int(128, 1, 10**7),
     "train.accumulate": _int(1, 1, 10**5),
@@ -196,6 +218,7 @@ STAGE: dict[str, Field] = {
     "train.b2": _float(0.999, 0, 1, below=True),
     "train.eps": _float(1e-8, 0, 1, above=True),
     "train.weight_decay": _float(0.0, 0, 10),
+    "train.decay": _choice("all", "all", "kernels"),
     "train.warmup_steps": _int(5000),
     "train.anneal": _choice("none", "none", "linear", "cosine"),
     "train.clip": _float(1.0, 0, 10**6),
@@ -219,6 +242,7 @@ TOP: dict[str, Field] = {
     "sample.columns": _int(8, 1, 10**4),
     "sample.save": Field(False, bool),
     "sample.tile": _int(0, high=8192),
+    "sample.prompts": Field((), str, lengths=(0, 10**4)),
     "eval.num": _int(1000, high=10**8),
     "eval.batch_size": _int(100, 1, 10**6),
     "eval.bpd_num": _int(64, high=10**8),
@@ -226,7 +250,7 @@ TOP: dict[str, Field] = {
     "eval.samplers": _choice((), *SAMPLERS),
     "eval.guidance": _float((), -(10**4), 10**4),
     "eval.levels": _float((), 0, 1),
-    "eval.judge": _choice("svc", "svc", "network"),
+    "eval.judge": _choice("svc", "svc", "network", "captions"),
 }
 _RESERVED = {path.split(".")[0] for path in TOP}
 
@@ -321,6 +345,9 @@ def tiny(config: ConfigDict, data: str = "digits") -> ConfigDict:
         stage.data.update(name=data, path="", flip=False, crop="center")
         stage.net.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
         stage.net.update(groups=8, dropout=0.0, head_channels=16 if stage.net.head_channels else 0)
+        if "text" in stage.takes:
+            stage.text.update(tokenizer="demo", length=16)
+            stage.net.text.update(width=64, layers=2, heads=4)
         stage.steps = "50"
         stage.train.update(steps=1000, batch_size=32, accumulate=1, learning_rate=1e-3)
         stage.train.update(warmup_steps=100, ema=(0.99,) if stage.train.ema else (), ema_warmup=True)
@@ -490,8 +517,8 @@ def _find(spec: str) -> Path:
     if path.parent.as_posix() in (".", "configs") and name in names:
         return _folder() / f"{name}.py"
     raise UserError(
-        f"there is no config {_show(spec)}{closest(name, names)}; diffax comes with "
-        f"{', '.join(names)}; or give the path of a .py file"
+        f"there is no config {_show(spec)}{closest(name, names)}; start with quickstart, see --help for all "
+        f"{len(names)}, or give the path of a .py file"
     )
 
 
@@ -626,13 +653,17 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
             f"config.eval.guidance is {config.eval.guidance}, but no stage is guided; leave it empty, or add "
             f"{' or '.join(map(repr, SCALED))} to a stage's guidance"
         )
+    _check_texts_agree(config)
     before = None
     for name in trained_sections(config):
         stage, where = config[name], f"config.{name}"
         _check_conditions(stage, where)
-        _check_net(stage, where)
+        if not is_clip(stage):
+            _check_net(stage, where)
         _check_schedule(stage.schedule, f"{where}.schedule")
-        if is_classifier(stage):
+        if is_clip(stage):
+            _check_clip(stage, where)
+        elif is_classifier(stage):
             _check_classifier(stage, where)
         else:
             _check_guidance(config, stage, where)
@@ -656,8 +687,18 @@ def is_classifier(section: Mapping[str, Any]) -> bool:
     return section["net"]["name"] == "classifier"
 
 
+def is_clip(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes a CLIP, noised or not."""
+    return section["net"]["name"] == "clip"
+
+
+def makes_pictures(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes a diffusion stage, and not a model that only guides one."""
+    return not is_classifier(section) and not is_clip(section)
+
+
 def trained_sections(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sections that a config trains or needs trained: its stages, and the classifiers that guide them."""
+    """The sections that a config trains or needs trained: its stages, and the classifiers and CLIPs that guide them."""
     guides = [config[name]["classifier"] for name in config["stages"]]
     return tuple(dict.fromkeys([*config["stages"], *(g for g in guides if g in config)]))
 
@@ -714,10 +755,42 @@ def _check_conditions(stage: ConfigDict, where: str):
         )
     if stage.data.single and stage.data.name != "shapes":
         raise UserError(f"{where}.data.single is for the data 'shapes', but {where}.data.name is {stage.data.name!r}")
-    if stage.data.label != "label" and stage.data.name in ("folder", "captions"):
+    if stage.data.name == "mix" and "label" in stage.takes:
+        raise UserError(f"{where}.takes has 'label', but labels of mixed data have no one meaning; choose other data")
+    if stage.data.label != "label" and stage.data.name in ("folder", "captions", "mix"):
         raise UserError(f"{where}.data.label is for data with several columns, but data.name is {stage.data.name!r}")
     if not stage.data.split:
         raise _bad(f"{where}.data.split", "the name of a split, such as 'train'", "")
+    if "text" in stage.takes and stage.text.tokenizer == "clip" and stage.text.length < 3:
+        raise UserError(f"{where}.text.length must be 3 or more for CLIP's tokenizer, got {stage.text.length}")
+    text = stage.net.text
+    ids = VOCAB_SIZES[stage.text.tokenizer]
+    if text.vocab_size and text.vocab_size < ids:
+        raise UserError(
+            f"{where}.net.text.vocab_size must be 0 or at least {ids}, the tokenizer's, got {text.vocab_size}"
+        )
+    if "text" in stage.takes and text.width % text.heads:
+        raise UserError(f"{where}.net.text.heads must divide {where}.net.text.width, {text.width}, got {text.heads}")
+    for condition, section in (("text", stage.text), ("inpaint", stage.inpaint), ("text", text)):
+        path = "net.text" if section is text else condition
+        default = stage_defaults().net.text if section is text else stage_defaults()[condition]
+        if condition not in stage.takes and section.to_dict() != default.to_dict():
+            raise UserError(
+                f"{where}.{path} is set, but {where}.takes has no {condition!r}; add it or leave {path} alone"
+            )
+
+
+def _check_texts_agree(config: ConfigDict):
+    """Stages read one prompt, in one vocabulary."""
+    readers = [name for name in config.stages if "text" in config[name].takes]
+    for name in readers[1:]:
+        if config[name].text != config[readers[0]].text:
+            raise UserError(
+                f"config.{name}.text must equal config.{readers[0]}.text, as both read one prompt; got "
+                f"{_show(config[name].text.to_dict())} and {_show(config[readers[0]].text.to_dict())}"
+            )
+    if config.sample.prompts and not readers:
+        raise UserError("config.sample.prompts is set, but no stage takes 'text'; leave it empty")
 
 
 def _check_low_res(stage: ConfigDict, where: str, before: ConfigDict | None, name: str):
@@ -827,38 +900,64 @@ def _check_classifier(stage: ConfigDict, where: str):
         raise UserError(f"{where}.shape must have sides divisible by {factor}, got {stage.shape}")
 
 
+def _check_clip(stage: ConfigDict, where: str):
+    if stage.takes != ("text",):
+        raise UserError(f"{where}.takes must be ('text',) for a CLIP, got {stage.takes}")
+    for tower in ("image", "text"):
+        c = stage.net[tower]
+        if c.width % c.heads:
+            raise UserError(
+                f"{where}.net.{tower}.heads must divide {where}.net.{tower}.width, {c.width}, got {c.heads}"
+            )
+    if any(side % stage.net.image.patch for side in stage.shape[:2]):
+        raise UserError(f"{where}.net.image.patch must divide the sides of {stage.shape}, got {stage.net.image.patch}")
+    if stage.shape[2] != 3:
+        raise UserError(f"{where}.shape must have 3 channels for a CLIP, got {stage.shape}")
+    if stage.net.image.noised and _is_continuous(stage.schedule):
+        raise UserError(f"{where}.schedule must have discrete steps for a CLIP that has an embedding of each")
+    if stage.timesteps.name == "loss_second_moment":
+        raise UserError(f"{where}.timesteps.name 'loss_second_moment' is for the bound; a CLIP takes 'uniform'")
+
+
 def _check_guidance(config: ConfigDict, stage: ConfigDict, where: str):
     scaled = [name for name in stage.guidance if name in SCALED]
     if len(set(stage.guidance)) < len(stage.guidance):
         raise _bad(f"{where}.guidance", "different names", stage.guidance)
     if len(scaled) > 1:
         raise UserError(f"{where}.guidance names {' and '.join(scaled)}, which share one scale; choose one")
-    if stage.drop and "label" not in stage.takes:
-        raise UserError(f"{where}.drop is {stage.drop:g}, but {where}.takes has no 'label' to withhold; set drop to 0")
+    if stage.drop and not {"label", "text"} & set(stage.takes):
+        raise UserError(
+            f"{where}.drop is {stage.drop:g}, but {where}.takes has no 'label' or 'text' to withhold; set drop to 0"
+        )
+    if "keep_known" in stage.guidance and "inpaint" not in stage.takes:
+        raise UserError(f"{where}.guidance 'keep_known' needs 'inpaint' in {where}.takes; add it or leave it out")
     if "classifier_free" in scaled and not stage.drop:
         raise UserError(
-            f"{where}.guidance 'classifier_free' needs a network that was trained with withheld labels; "
+            f"{where}.guidance 'classifier_free' needs a network that was trained with withheld conditions; "
             f"set {where}.drop to 0.1"
         )
-    if ("classifier" in scaled) != bool(stage.classifier):
+    if bool({"classifier", "clip"} & {*scaled}) != bool(stage.classifier):
         raise UserError(
             f"{where}.classifier is {stage.classifier!r} and {where}.guidance is {stage.guidance}; name the section of "
-            "the classifier and add 'classifier' to guidance, or neither"
+            "the classifier and add 'classifier' to guidance (or of a CLIP, and 'clip'), or neither"
         )
     if not stage.classifier:
         return
+    kind, is_kind = ("CLIP", is_clip) if "clip" in scaled else ("classifier", is_classifier)
     guide = config.get(stage.classifier, None)
-    if not isinstance(guide, ConfigDict) or "net" not in guide or not is_classifier(guide):
-        there = [name for name in _sections(config) if is_classifier(config[name])]
-        hint = f"; there is {', '.join(there)}" if there else "; its net.name is 'classifier'"
-        raise UserError(f"{where}.classifier must name the section of a classifier, got {stage.classifier!r}{hint}")
-    for field in ("shape", "schedule", *(("num_classes",) if stage.num_classes else ())):
+    if not isinstance(guide, ConfigDict) or "net" not in guide or not is_kind(guide):
+        there = [name for name in _sections(config) if is_kind(config[name])]
+        hint = f"; there is {', '.join(there)}" if there else f"; its net.name is {kind.lower()!r}"
+        raise UserError(f"{where}.classifier must name the section of a {kind}, got {stage.classifier!r}{hint}")
+    if is_clip(guide) and not guide.net.image.noised:
+        raise UserError(f"config.{stage.classifier}.net.image.noised must be true for a CLIP that guides {where}")
+    for field in ("shape", "schedule", *(("num_classes",) if stage.num_classes and kind == "classifier" else ())):
         if guide[field] != stage[field]:
             mine, its = stage[field], guide[field]
             if field == "schedule":
                 mine, its = ({k: v for k, v in a.items() if v != b[k]} for a, b in ((mine, its), (its, mine)))
             raise UserError(
-                f"{where}.{field} must equal that of its classifier, config.{stage.classifier}.{field}; "
+                f"{where}.{field} must equal that of its {kind}, config.{stage.classifier}.{field}; "
                 f"got {_show(mine)} and {_show(its)}"
             )
 

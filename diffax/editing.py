@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import losses, samplers, stages
+from diffax import losses, samplers, schedules, stages
 from diffax.process import diffuse, expand
 
 Array = jax.Array
@@ -73,13 +73,10 @@ def interpolate(
     Raises:
       ValueError: depth is outside (0, 1], or the pictures have another shape than the stage.
     """
-    if not 0 < depth <= 1:
-        raise ValueError(f"depth must be above 0 and at most 1; got {depth}")
+    steps = jax.tree.map(jnp.asarray, schedules.last(stage.sampling, depth))
     for picture in (first, second):
         if tuple(picture.shape) != stage.shape:
             raise ValueError(f"pictures must have the stage's shape {stage.shape}; got {tuple(picture.shape)}")
-    count = len(stage.sampling.t.time)
-    steps = jax.tree.map(lambda a: jnp.asarray(a[count - max(1, round(depth * count)) :]), stage.sampling)
     start = jax.tree.map(lambda a: a[0], steps.t)
     noise_key, way_key = jax.random.split(key)
     eps = jax.random.normal(noise_key, (2, *stage.shape))

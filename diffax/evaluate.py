@@ -1,22 +1,41 @@
-"""How good a trained model is, in numbers (floor 4)."""
+"""How good a trained model is, in numbers (floor 4).
+
+As a command, `python -m diffax.evaluate A B`, it compares two sets of pictures: see `diffax.compare`.
+"""
 
 import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffax import data, editing, images, judges, losses, metrics, parallel, pipeline, reporting, schedules, stages
+from diffax import (
+    compare,
+    data,
+    editing,
+    images,
+    judges,
+    losses,
+    metrics,
+    parallel,
+    pipeline,
+    reporting,
+    schedules,
+    stages,
+)
+from diffax.errors import UserError
 
 
 def held_out_examples(section: Mapping[str, Any], limit: int) -> dict[str, np.ndarray]:
     """At most `limit` records of the test split, or of the split in use where there is no test split."""
     c, shape = section["data"], section["shape"]
-    return data.examples(data.held_out(c, shape=shape), c, shape=shape, limit=limit)
+    tokenize = pipeline.text_tokenizer(section)
+    return data.examples(data.held_out(c, shape=shape), c, shape=shape, limit=limit, tokenize=tokenize)
 
 
 def bits_per_dim(
@@ -65,6 +84,9 @@ def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: M
     """
     stage = sample_fn.stages[-1]
     num = settings["num"] if "low_res" not in sample_fn.takes else 0
+    if settings["judge"] == "captions":
+        yield from caption_scores(sample_fn, section, settings)
+        return
     labelled = bool(stage.num_classes) and num > 0
     judge = judges.JUDGES[settings["judge"]](section) if labelled else None
     bound_examples = max(settings["bpd_num"], 1)
@@ -114,6 +136,137 @@ def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: M
                 "accuracy_of_judge_on_real": judge.accuracy,
             }
         yield row
+
+
+def sample_to_folder(
+    sample: Callable[[int, int], np.ndarray],
+    folder: pathlib.Path,
+    num: int,
+    *,
+    about: Mapping[str, Any],
+    labels: np.ndarray | None = None,
+    shard: int = 1000,
+) -> list[pathlib.Path]:
+    """Makes pictures 0 to num - 1 and writes them as .npz files, such as `diffax.compare` reads.
+
+    Called again after an interruption, or for more pictures, it makes those that are missing. A file is there whole or
+    not at all, so that at most one of them is lost.
+
+    Args:
+      sample: (first, count) -> pictures [count, H, W, C] in [-1, 1]; picture i must depend on i alone.
+      folder: where `samples_FIRST.npz` go, and sampling.json with `about`.
+      num: how many there shall be.
+      about: all that the pictures depend on, such as seed, steps, guidance and training step; plain data.
+      labels: [num] integers, written with the pictures.
+      shard: pictures in one file.
+
+    Returns:
+      The files, in order.
+
+    Raises:
+      UserError: the folder holds samples of other settings.
+      RunError: a picture is not finite, or cannot be written.
+    """
+    stated = json.loads(json.dumps({**about, "shard": shard}))
+    listing = folder / "sampling.json"
+    if listing.exists():
+        _check_same(listing, stated)
+    images.write_atomically(listing, lambda file: file.write((json.dumps(stated, indent=2) + "\n").encode()))
+    files = []
+    for first in reporting.progress_bar(range(0, num, shard), "files of samples"):
+        count = min(shard, num - first)
+        path = folder / f"samples_{first:08d}.npz"
+        files.append(path)
+        if path.exists() and compare.array_shape(path)[0] >= count:
+            continue
+        made = sample(first, count)
+        images.check_finite(made, first)
+        arrays = {"arr_0": images.to_uint8(made)}
+        if labels is not None:
+            arrays["arr_1"] = np.asarray(labels[first : first + count], np.int64)
+        images.write_atomically(path, lambda file, arrays=arrays: np.savez(file, **arrays))
+    return files
+
+
+def _check_same(listing: pathlib.Path, stated: Mapping[str, Any]) -> None:
+    """Raises UserError that names the first difference between what is stated and what the file says."""
+    try:
+        found = dict(json.loads(listing.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read what the samples are ({error}); {listing}; delete the folder") from None
+    for name in {**found, **stated}:
+        if found.get(name) != stated.get(name):
+            raise UserError(
+                f"the folder holds samples of {name} {found.get(name)!r}, not {stated.get(name)!r}; {listing.parent}; "
+                "delete it or choose another"
+            )
+
+
+def caption_scores(
+    sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[dict]:
+    """Scores pictures of shapes against the captions that they were made from, at every one of the `guidance` scales.
+
+    Args:
+      sample_fn: the trained model, from its first stage on; it reads text.
+      section: the section of its last stage.
+      settings: the config's `eval`.
+
+    Yields:
+      Rows: guidance, sampler and steps of the first stage; of `num` captions of held-out pictures the scores of
+      `judges.caption_scores`; of a fifth as many captions of combinations that training never showed,
+      `held_out_accuracy`; Frechet distances to real pictures; what the judge reads rightly in real ones. For pictures:
+      `_samples`, `_labels`.
+    """
+    num, first = settings["num"], sample_fn.stages[0]
+    if not num:
+        return
+    judge = judges.captions(section)
+    real = held_out_examples(section, num)
+    prompts = list(real["caption"])
+    unseen = held_out_captions(section, num // 5) if section["data"]["holdout"] else []
+    asked = [prompts[i % len(prompts)] for i in range(num)] + unseen
+    for scale in settings["guidance"] or (None,):
+        made = sample_fn(1, prompt=asked, guidance=scale, batch_size=settings["batch_size"])
+        images.check_finite(made)
+        row: dict[str, Any] = {
+            "steps": len(first.sampling.t.time),
+            "sampler": sample_fn.config[first.name]["sampler"]["name"],
+        }
+        if first.is_guided:
+            row["guidance"] = first.scale if scale is None else scale
+        row |= {"samples": num} | judges.caption_scores(judge, made[:num], asked[:num])
+        if unseen:
+            row["held_out_samples"] = len(unseen)
+            row["held_out_accuracy"] = judges.caption_scores(judge, made[num:], unseen)["accuracy"]
+        row["frechet_judge"] = metrics.frechet_distance(judge.features(made[:num]), judge.features(real["image"]))
+        row["frechet_patches"] = _patch_distance(made[:num], real["image"])
+        row |= {f"judge_on_real_{name}": share for name, share in judge.accuracy.items()}
+        shown = np.r_[0 : min(16, num), num : min(num + 16, len(made))]
+        yield row | {"_samples": made[shown], "_labels": [asked[i] for i in shown]}
+
+
+def held_out_captions(section: Mapping[str, Any], limit: int) -> list[str]:
+    """At most `limit` captions of the combinations that training held out."""
+    c, shape = {**section["data"], "split": "holdout"}, section["shape"]
+    tokenize = pipeline.text_tokenizer(section)
+    found = data.examples(data.load_source(c, shape=shape), c, shape=shape, limit=limit, tokenize=tokenize)
+    return list(found["caption"])
+
+
+def caption_accuracy(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
+    """Accuracies against the guidance scale; empty where fewer than two scales were scored."""
+    of = [row for row in rows if "guidance" in row and "whole" in row]
+    if len(of) < 2:
+        return []
+    x = [row["guidance"] for row in of]
+    names = [name for name in ("accuracy", "whole", "held_out_accuracy") if name in of[0]]
+    shares = {name: (x, [row[name] for row in of]) for name in names}
+    distance = {"frechet_judge": (x, [row["frechet_judge"] for row in of])}
+    return [
+        images.Panel("guidance scale", "share of the captions", shares),
+        images.Panel("guidance scale", "frechet_judge", distance),
+    ]
 
 
 def _patch_distance(made: np.ndarray, real: np.ndarray) -> float:
@@ -173,7 +326,7 @@ def trade_off(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
     """
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if "guidance" in row and "accuracy" in row:
+        if "guidance" in row and "diversity" in row:
             curves.setdefault(f"{row['sampler']}, {row['steps']} steps", []).append(row)
     if max((len(of) for of in curves.values()), default=0) < 2:
         return []
@@ -201,11 +354,11 @@ def best_level(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:
     return [images.Panel("noise level u of the smaller picture", n, {n: (x, [r[n] for r in of])}) for n in names]
 
 
-# ---- noised classifiers ---------------------------------------------------------------------------------------------
+# ---- noised classifiers and CLIPs -----------------------------------------------------------------------------------
 
 
-def classifier_accuracy(
-    classifier: stages.NoisedClassifier,
+def guide_accuracy(
+    model: stages.NoisedClassifier | stages.Clip,
     params: Any,
     batch: Mapping[str, np.ndarray],
     *,
@@ -213,23 +366,25 @@ def classifier_accuracy(
     levels: int = 20,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """How well a noised classifier tells pictures, from clean data to noise.
+    """How well a noised classifier tells pictures, or a CLIP finds captions, from clean data to noise.
 
     Args:
-      classifier: the classifier.
+      model: the classifier or CLIP.
       params: its parameters.
-      batch: 'image' [N, H, W, C] and 'label' [N].
-      batch_size: pictures at once.
+      batch: 'image' [N, H, W, C] and 'label' [N], or 'text' [N, L].
+      batch_size: pictures at once; a CLIP tells apart as many as a device has of them.
       levels: number of noise levels, u = 1 / levels .. 1.
       seed: of the noise.
 
     Returns:
-      u, loss, top1 and top5, [levels] each.
+      u, loss and the accuracies (top1 and top5, or image_top1 and text_top1), [levels] each.
     """
+    of = stages.clip_terms if isinstance(model, stages.Clip) else stages.classifier_terms
+    target = model.takes[0] if isinstance(model, stages.Clip) else model.reads[0]
 
-    def terms(params, image, label, keys, u):
-        eps = jax.vmap(lambda key: jax.random.normal(key, classifier.shape))(keys)
-        return stages.classifier_terms(classifier, params, image, label, classifier.schedule(u), eps)
+    def terms(params, image, wanted, keys, u):
+        eps = jax.vmap(lambda key: jax.random.normal(key, model.shape))(keys)
+        return of(model, params, image, wanted, model.schedule(u), eps)
 
     run, n = parallel.map_batch(terms), len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
@@ -238,8 +393,8 @@ def classifier_accuracy(
         done = []
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
-            of = np.full(len(index), level, np.float32)
-            out = run(params, batch["image"][index], batch["label"][index], keys[index], of)
+            at = np.full(len(index), level, np.float32)
+            out = run(params, batch["image"][index], batch[target][index], keys[index], at)
             done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
         rows.append(jax.tree.map(lambda *parts: np.concatenate(parts).mean(), *done))
     return {"u": u} | {name: np.array([row[name] for row in rows]) for name in rows[0]}
@@ -250,9 +405,9 @@ def write_classifier_report(folder: pathlib.Path, found: Mapping[str, np.ndarray
     range, quietest first); returns the row."""
     row = {name: round(float(v.mean()), 4) for name, v in found.items() if name != "u"}
     for q, part in enumerate(np.array_split(np.arange(len(found["u"])), 4)):
-        row |= {f"{name}_q{q}": round(float(found[name][part].mean()), 4) for name in ("top1", "top5")}
+        row |= {f"{name}_q{q}": round(float(found[name][part].mean()), 4) for name in found if "top" in name}
     reporting.append_row(folder / "held_out.jsonl", step, row)
-    curves = {name: (found["u"], found[name]) for name in ("top1", "top5")}
+    curves = {name: (found["u"], found[name]) for name in found if "top" in name}
     images.line_plots(folder / "accuracy.png", [images.Panel("noise level u", "held-out accuracy", curves)])
     return row
 
@@ -273,3 +428,7 @@ def write_report(
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     images.write_atomically(workdir / f"{name}.md", lambda f: f.write((table + "\n").encode()))
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(compare.run())

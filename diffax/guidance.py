@@ -9,6 +9,7 @@ Scales. `scale` is the number s that multiplies what guidance adds; it may be tr
 |-----------------------|---------------------|-----------------------|-----------------------------------------|
 | classifier (ADM)      | the model alone     | p(z) p(y | z)         | ADM's s: p(z) p(y | z)^s                |
 | classifier_free (CFG) | the model without y | the conditional model | GLIDE's s, Imagen's w; CFG's w is s - 1 |
+| clip_guided (GLIDE)   | the model alone     | p(z) exp(similarity)  | GLIDE's s, with CLIP's own scale inside |
 
 So the classifier-free guidance paper's best FID on ImageNet 64, w = 0.1, is scale 1.1 here, and its w = 4 is scale 5.
 On an unconditional model both tilt p(z) by p(y | z)^s, one with a trained classifier and one with an implicit one.
@@ -71,6 +72,23 @@ def clip_denoised(limit: float = 1.0) -> Guidance:
     return edit_x(lambda x: jnp.clip(x, -limit, limit))
 
 
+def keep_known() -> Guidance:
+    """Puts the known pixels into the estimate of x, at every step (GLIDE's released code for inpainting).
+
+    It reads the condition 'inpaint', [B, H, W, C + 1]: the picture, then 1 where a pixel is known. To be applied before
+    clipping, as published.
+    """
+
+    def wrap(denoise: Denoiser) -> Denoiser:
+        def denoiser(z, step, **cond):
+            p, known = denoise(z, step, **cond), cond["inpaint"][..., -1:]
+            return _with_x(p, p.x * (1 - known) + cond["inpaint"][..., :-1] * known, z, step)
+
+        return denoiser
+
+    return wrap
+
+
 def dynamic_threshold(percentile: float = 99.5) -> Guidance:
     """Clips x per picture to its `percentile` of |x|, at least 1, and scales back to [-1, 1] (Imagen, section 2.3)."""
 
@@ -108,6 +126,33 @@ def classifier(log_prob: Callable[..., Array], scale: Array | float) -> Guidance
         return denoiser
 
     return wrap
+
+
+def unit(a: Array) -> Array:
+    """a / |a| over the last axis, float32; zero stays zero, and has no slope."""
+    a = a.astype(jnp.float32)
+    return a * jax.lax.rsqrt(jnp.maximum(jnp.sum(a * a, axis=-1, keepdims=True), 1e-24))
+
+
+def clip_similarity(image: Array, text: Array, logit_scale: Array | float) -> Array:
+    """exp(logit_scale) * cos(image, text), CLIP's logit of each pair. Embeddings [B, E], normalised or not: [B]."""
+    return jnp.exp(logit_scale) * jnp.sum(unit(image) * unit(text), axis=-1)
+
+
+def clip_guided(similarity: Callable[..., Array], scale: Array | float) -> Guidance:
+    """Adds scale * grad similarity(z_t, caption) as a pending score: CLIP guidance (GLIDE; released code).
+
+    It is `classifier` with another log p(y | z_t), up to a constant: a noised CLIP's similarity of z_t and its caption.
+
+    Args:
+      similarity: (z [B, ...], t: NoiseLevel, **conditions) -> [B], such as
+        `clip_similarity(clip(z, t.time), text, logit_scale)`.
+      scale: scalar or [B]; may be traced. 0 switches the guidance off.
+
+    Returns:
+      The guidance.
+    """
+    return classifier(similarity, scale)
 
 
 def classifier_free(scale: Array | float, null: Mapping[str, Array]) -> Guidance:

@@ -117,7 +117,7 @@ def grid(
     Args:
         images: uint8 [N, H, W, 1 or 3], N >= 1.
         columns: tiles in a row; a last row may be short.
-        labels: N texts or None; what is wider than its tile is cut.
+        labels: N texts or None; what is wider than its tile goes on below, for up to six lines, and is cut then.
         pad: pixels of white around each tile.
         scale: integer nearest-neighbour enlargement; None makes small tiles about 48 pixels.
 
@@ -142,27 +142,39 @@ def grid(
     height, width = height * scale, width * scale
     labels = labels if labels and any(labels) else [None] * count
     font = ImageFont.load_default(size=10)
-    ascent, descent = font.getmetrics()
-    text = ascent + descent if any(labels) else 0
+    lines = [_wrapped(label or "", font, width) for label in labels]
+    text = sum(font.getmetrics()) * max(map(len, lines))
 
     rows = -(-count // columns)
     cell = (height + text + pad, width + pad)
     sheet = np.full((rows * cell[0] + pad, columns * cell[1] + pad, 3), 255, np.uint8)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for i, image in enumerate(images):
         top, left = (i // columns) * cell[0] + pad, (i % columns) * cell[1] + pad
         sheet[top : top + height, left : left + width] = image
-        if label:
-            sheet[top + height : top + height + text, left : left + width] = _caption(label, font, (width, text))
+        if lines[i]:
+            sheet[top + height : top + height + text, left : left + width] = _caption(lines[i], font, (width, text))
     return sheet
 
 
-def _caption(label: str, font: ImageFont.FreeTypeFont, size: tuple[int, int]) -> np.ndarray:
-    """Black text on white [h, w, 3], centred, cut at the end if it does not fit."""
+def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int, most: int = 6) -> list[str]:
+    """The lines of a text that is broken between words; a word that is too wide has a line of its own."""
+    lines: list[str] = []
+    for word in label.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines[:most]
+
+
+def _caption(lines: Sequence[str], font: ImageFont.FreeTypeFont, size: tuple[int, int]) -> np.ndarray:
+    """Black lines on white [h, w, 3], centred, cut at the end where they do not fit."""
     strip = Image.new("L", size, 255)
-    label = " ".join(label.split())
-    draw = ImageDraw.Draw(strip)
-    left = max(0, (size[0] - round(draw.textlength(label, font=font))) // 2)
-    draw.text((left, 0), label, fill=0, font=font)
+    draw, height = ImageDraw.Draw(strip), sum(font.getmetrics())
+    for i, line in enumerate(lines):
+        left = max(0, (size[0] - round(font.getlength(line))) // 2)
+        draw.text((left, i * height), line, fill=0, font=font)
     return np.asarray(strip)[:, :, None].repeat(3, 2)
 
 

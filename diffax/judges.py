@@ -3,18 +3,16 @@
 A judge has seen no generated picture and no noise, and is none of the classifiers that guide.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffax import conditioning, data, losses, parallel, reporting, stages, train
 from diffax import config as configs
-from diffax import data, parallel, reporting, stages, train
 from diffax.errors import UserError
-from diffax.schedules import NoiseLevel
 
 # An SVC on more pictures than this takes longer than the pictures themselves.
 SVC_EXAMPLES = 5000
@@ -57,31 +55,56 @@ def svc(section: Mapping[str, Any]) -> Judge:
     return _judged(lambda pictures: fitted.predict(features(pictures)), features, section)
 
 
-def network(section: Mapping[str, Any], *, steps: int = 300) -> Judge:
-    """A small convolutional network, for pictures whose subject may be anywhere; trained here, in about a minute.
+class _Reader(NamedTuple):
+    """A trained network: pictures -> {target: [N] classes}, and what it sees before it decides, [N, D]."""
 
-    It is the encoder half of the U-Net, on clean pictures only.
+    classify: Callable[[np.ndarray], dict[str, np.ndarray]]
+    features: Callable[[np.ndarray], np.ndarray]
+
+
+def _train(
+    section: Mapping[str, Any], targets: Mapping[str, int], *, steps: int, channels: int = 32, batch_size: int = 128
+) -> _Reader:
+    """Trains the encoder half of the U-Net on clean pictures, with an output for each of several labels.
 
     Args:
-      section: a stage's section; its data have labels.
-      steps: how long it is trained.
+      section: a stage's section.
+      targets: {column of the data: number of its classes}.
+      steps: how long, in batches of `batch_size`.
+      channels: base width.
     """
     source = data.load_source(section["data"], shape=section["shape"])
     config = configs.config_defaults("judge")
     c = config.base
-    c.shape, c.num_classes = tuple(section["shape"]), len(source.class_names) or section["num_classes"]
+    c.shape, c.num_classes = tuple(section["shape"]), sum(targets.values())
     # The means of all activations: behind a last norm, the mean of a channel says next to nothing.
-    c.net.update(name="classifier", pool="spatial", channels=32, channel_mult=(1, 2, 4), num_res_blocks=1)
+    c.net.update(name="classifier", pool="spatial", channels=channels, channel_mult=(1, 2, 4), num_res_blocks=1)
     c.net.update(attention=(), groups=8)
-    c.train.update(steps=steps, batch_size=128, learning_rate=1e-3, anneal="cosine", warmup_steps=50, ema=())
+    c.train.update(steps=steps, batch_size=batch_size, learning_rate=1e-3, anneal="cosine", warmup_steps=50, ema=())
     plain = configs.to_dict(config)
+    model = stages.build_classifier(plain, "base")
+    ends = np.cumsum(list(targets.values()))[:-1]
 
-    def clean(u):
-        return NoiseLevel(time=0 * u, logsnr=0 * u + np.inf)
+    def look(params, pictures):
+        time = jnp.zeros(len(pictures))
+        logits, seen = model.net.apply({"params": params}, pictures, time, mutable=["intermediates"])
+        parts = dict(zip(targets, jnp.split(logits, ends, axis=-1), strict=True))
+        return parts, seen["intermediates"]["features"][0]
 
-    model = dataclasses.replace(stages.build_classifier(plain, "base"), schedule=clean)
-    run = train.Run(stages.objective(model), plain["base"], seed=0, mode="pmap")
-    stream = data.batches(source, section["data"], shape=c.shape, batch_size=c.train.batch_size, seed=0)
+    def loss(params, extra, batch, keys, position, total, gather=None):
+        parts, _ = look(params, batch["image"].astype(jnp.float32))
+        return sum(losses.cross_entropy(parts[name], batch[name]) for name in targets), {}, ()
+
+    objective = stages.Objective(
+        init=lambda key: stages.init_params(model, key),
+        init_extra=lambda: (),
+        loss=loss,
+        update_extra=lambda extra, feedback: extra,
+    )
+    run = train.Run(objective, plain["base"], seed=0, mode="pmap")
+    stream = data.batches(
+        source, section["data"], shape=c.shape, batch_size=c.train.batch_size, seed=0, keys=tuple(targets)
+    )
     state = run.create()
     batches = parallel.prefetch(run.where, stream)
     for _, (_, batch) in zip(reporting.progress_bar(range(steps), "training the judge"), batches, strict=False):
@@ -90,15 +113,116 @@ def network(section: Mapping[str, Any], *, steps: int = 300) -> Judge:
     params = jax.device_get(state.params)
 
     @parallel.map_batch
-    def look(params, pictures):
-        time = jnp.zeros(len(pictures))
-        logits, seen = model.net.apply({"params": params}, pictures, time, mutable=["intermediates"])
-        return jnp.argmax(logits, axis=-1), seen["intermediates"]["features"][0]
+    def decide(params, pictures):
+        parts, features = look(params, pictures)
+        return {name: jnp.argmax(part, axis=-1) for name, part in parts.items()}, features
 
-    def looked(pictures: np.ndarray, which: int) -> np.ndarray:
-        return np.concatenate([look(params, pictures[i : i + 256])[which] for i in range(0, len(pictures), 256)])
+    def looked(pictures: np.ndarray, which: int):
+        rows = [decide(params, pictures[i : i + 256])[which] for i in range(0, len(pictures), 256)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
-    return _judged(lambda pictures: looked(pictures, 0), lambda pictures: looked(pictures, 1), section)
+    return _Reader(lambda pictures: looked(pictures, 0), lambda pictures: looked(pictures, 1))
+
+
+def network(section: Mapping[str, Any], *, steps: int = 300) -> Judge:
+    """A small convolutional network, for pictures whose subject may be anywhere; trained here, in about a minute.
+
+    Args:
+      section: a stage's section; its data have labels.
+      steps: how long it is trained.
+    """
+    source = data.load_source(section["data"], shape=section["shape"])
+    count = len(source.class_names) or section["num_classes"]
+    reader = _train(section, {"label": count}, steps=steps)
+    return _judged(lambda pictures: reader.classify(pictures)["label"], reader.features, section)
+
+
+class CaptionJudge(NamedTuple):
+    """Who tells whether pictures of shapes show what their captions say.
+
+    Attributes:
+      read: pictures [N, H, W, C] in [-1, 1] -> {attribute: [N] names}.
+      features: pictures -> [N, D].
+      accuracy: {attribute: share of held-out real pictures that it reads rightly}.
+    """
+
+    read: Callable[[np.ndarray], dict[str, np.ndarray]]
+    features: Callable[[np.ndarray], np.ndarray]
+    accuracy: dict[str, float]
+
+
+def captions(section: Mapping[str, Any], *, steps: int = 1000) -> CaptionJudge:
+    """A small network that reads shape, colour, size and place (and, of two things, all of both); trained here.
+
+    It sees every combination, also those that the stage's training held out, and no more than 32 pixels a side.
+
+    Args:
+      section: the section of a stage whose data are shapes.
+      steps: how long it is trained.
+
+    Raises:
+      UserError: other data.
+    """
+    if section["data"]["name"] != "shapes":
+        raise UserError(
+            f"the judge 'captions' reads shapes, not {section['data']['name']!r}; config.eval.judge; choose another, "
+            "or set config.eval.num to 0"
+        )
+    names = ("shape", "colour", "size", "place")
+    if not section["data"]["single"]:
+        names += ("shape2", "colour2", "size2", "relation")
+    factor = max(1, min(section["shape"][:2]) // 32)
+    side = [n // factor for n in section["shape"][:2]]
+    whole = {
+        **section,
+        "shape": (*side, section["shape"][2]),
+        "data": {**section["data"], "holdout": (), "label": "label"},
+    }
+    counts = {name: len(data.shapes.ATTRIBUTES[name]) for name in names}
+    reader = _train(whole, counts, steps=steps, channels=16, batch_size=64)
+
+    def smaller(pictures: np.ndarray) -> np.ndarray:
+        return np.asarray(conditioning.area_downsample(np.asarray(pictures), factor))
+
+    def read(pictures: np.ndarray) -> dict[str, np.ndarray]:
+        found = reader.classify(smaller(pictures))
+        return {name: np.asarray(data.shapes.ATTRIBUTES[name])[found[name]] for name in names}
+
+    c, shape = whole["data"], whole["shape"]
+    test = next(
+        data.batches(
+            data.held_out(c, shape=shape), c, shape=shape, batch_size=SVC_EXAMPLES, seed=0, keys=names, train=False
+        )
+    )
+    found = reader.classify(test["image"])
+    return CaptionJudge(
+        read,
+        lambda pictures: reader.features(smaller(pictures)),
+        {name: float(np.mean(found[name] == test[name])) for name in names},
+    )
+
+
+def caption_scores(judge: CaptionJudge, pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+    """How often pictures show what their captions say.
+
+    Args:
+      judge: from `captions`.
+      pictures: [N, H, W, C] in [-1, 1].
+      prompts: [N] captions of shapes.
+
+    Returns:
+      The share of pictures for each attribute (among the captions that say it); 'accuracy', both shape and colour of
+      the first thing; 'whole', everything that the caption says.
+    """
+    said, seen = [data.shapes.described(prompt) for prompt in prompts], judge.read(pictures)
+    right = [{k: seen[k][i] == v for k, v in one.items() if k in seen} for i, one in enumerate(said)]
+    scores = {
+        name: float(np.mean([one[name] for one in right if name in one]))
+        for name in seen
+        if any(name in one for one in right)
+    }
+    both = np.mean([one["shape"] and one["colour"] for one in right])
+    return {"accuracy": float(both), "whole": float(np.mean([all(one.values()) for one in right])), **scores}
 
 
 def _judged(classify: Callable, features: Callable, section: Mapping[str, Any]) -> Judge:

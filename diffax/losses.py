@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax.guidance import Denoiser
+from diffax.guidance import Denoiser, unit
 from diffax.process import Gaussian, Prediction, diffuse, eps_from_x, posterior, predict, reverse, target
 from diffax.samplers import Noise
 from diffax.schedules import NoiseLevel, Transition
@@ -90,6 +90,46 @@ def prior_bpd(x: Array, t: NoiseLevel) -> Array:
 def cross_entropy(logits: Array, label: Array) -> Array:
     """-log p(label) of a classifier, [B] nats. logits: [B, K]; label: [B] integers; one out of range gives NaN."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1, mode="fill")[:, 0]
+
+
+def contrastive(
+    image: Array,
+    text: Array,
+    logit_scale: Array,
+    position: Array,
+    *,
+    gather: Callable[[Array], Array] = lambda a: a,
+) -> tuple[Array, dict[str, Array]]:
+    """CLIP's loss: each image finds its caption among all of the batch, and each caption its image.
+
+    The loss of example i is the mean of -log softmax_i(S[i, :]) and -log softmax_i(S[:, i]), where S = exp(logit_scale)
+    times the cosines of all pairs (Radford et al. 2021; released code). Under pmap a device computes the rows of its
+    own examples against the embeddings of all devices; gradients flow back through `gather`, so that their mean over
+    devices is that of the whole batch.
+
+    Args:
+      image, text: [n, E] embeddings of this device's pairs; they need not be normalised.
+      logit_scale: log of the scale, a scalar.
+      position: [n] integers, places of the pairs in the global batch; no two are alike.
+      gather: [n, ...] -> [N, ...] of all devices, in any order: `lax.all_gather(a, axis_name, tiled=True)` under pmap.
+        The examples that are contrasted are those that it returns.
+
+    Returns:
+      The loss [n] in nats, whose mean over the global batch is CLIP's, and {'image_top1', 'text_top1'}: [n], 1 where
+      the caption is the nearest of all to its image, and the image to its caption.
+    """
+    image, text = unit(image), unit(text)
+    pair = position[:, None] == gather(position)[None]
+
+    def classify(query: Array, keys: Array) -> tuple[Array, Array]:
+        # the TPU's default product is bfloat16, and the scale multiplies its error by up to 100
+        logits = jnp.exp(logit_scale) * jnp.einsum("ne,me->nm", query, gather(keys), precision="highest")
+        loss = jax.nn.logsumexp(logits, axis=1) - jnp.sum(jnp.where(pair, logits, 0), axis=1)
+        hit = jnp.take_along_axis(pair, jnp.argmax(logits, axis=1)[:, None], axis=1)[:, 0]
+        return loss, hit.astype(jnp.float32)
+
+    (image_loss, image_top1), (text_loss, text_top1) = classify(image, text), classify(text, image)
+    return (image_loss + text_loss) / 2, {"image_top1": image_top1, "text_top1": text_top1}
 
 
 # ---- losses: (out, batch, predicts=, variance=) -> (loss [B], terms {name: [B]}) ------------------------------------

@@ -44,10 +44,13 @@ def run_train(job: Job) -> None:
     sources = {name: data.load_source(config[name]["data"], shape=config[name]["shape"]) for name in names}
     for name in names:
         check_data(name, config[name], sources[name])
+        pipeline.text_tokenizer(config[name])  # a vocabulary that is missing is told of now
+        if config[name]["train"]["start_from"]:
+            pipeline.starting_params(config[name], name)
     with checkpoint.lock(job.workdir):
         for name in names:
             train_stage(job, name, sources[name])
-    makes_pictures = any(not configs.is_classifier(config[name]) for name in config["stages"])
+    makes_pictures = any(configs.makes_pictures(config[name]) for name in config["stages"])
     if makes_pictures and all(is_trained(job, name) for name in configs.trained_sections(config)):
         run_sample(job)
 
@@ -59,6 +62,8 @@ def is_trained(job: Job, name: str) -> bool:
 
 def check_data(name: str, section: dict[str, Any], source: data.Source) -> None:
     """Raises UserError if the data cannot feed the stage."""
+    if "text" in section["takes"] and not data.can_caption(source):
+        raise UserError(f"{name} takes 'text' and the data have no captions; {name}.data; see data.name='captions'")
     if "label" in section["takes"] or configs.is_classifier(section):
         if "label" not in source.keys:
             raise UserError(f"{name} takes 'label' and the data have none; {name}.data; sort them into sub-folders")
@@ -94,6 +99,7 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
             process_index=parallel.process_index(),
             process_count=parallel.process_count(),
             keys=tuple(k for k in model.reads if k in source.keys),
+            tokenize=pipeline.text_tokenizer(section),
             low_res=section["low_res"] if section["low_res"]["jpeg"] else None,
         )
 
@@ -102,29 +108,33 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
         folder,
         batches=batches,
         draw=on_the_way(job, model, folder, source),
+        start_from=(lambda: pipeline.starting_params(section, name)) if section["train"]["start_from"] else None,
         tensorboard=job.args.tensorboard,
-        curve=("loss",) if isinstance(model, stages.Stage) else ("loss", "top1"),
+        curve=CURVES[type(model)],
     )
 
 
+CURVES = {stages.Stage: ("loss",), stages.NoisedClassifier: ("loss", "top1"), stages.Clip: ("loss", "image_top1")}
+
+
 def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Callable[[Any, int], None] | None:
-    """What is shown every `train.sample_every` steps: samples of a stage, held-out accuracy of a classifier."""
+    """What is shown every `train.sample_every` steps: samples of a stage, held-out accuracy of its guide."""
     config, section = job.config, job.config[model.name]
-    if isinstance(model, stages.NoisedClassifier):
+    if not isinstance(model, stages.Stage):
         if not config["eval"]["num"] or not data.has_held_out(section["data"]):
             return None
         held_out = evaluate.held_out_examples(section, config["eval"]["num"])
 
         def score(params, step):
-            found = evaluate.classifier_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
+            found = evaluate.guide_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
             evaluate.write_classifier_report(folder, found, step)
 
         return score
-    if model.classifier and not is_trained(job, model.classifier.name):
+    if model.guide and not is_trained(job, model.guide.name):
         return None
     guide = {}
-    if model.classifier:
-        guide[model.classifier.name] = pipeline.load_params(config, model.classifier.name, job.workdir)[0]
+    if model.guide:
+        guide[model.guide.name] = pipeline.load_params(config, model.guide.name, job.workdir)[0]
     real = evaluate.held_out_examples(section, 8) if model.low_res else None
 
     def draw(params, step):
@@ -140,26 +150,99 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
     return draw
 
 
+# More pictures than this are written as they are made, and an interrupted run goes on where it stopped.
+SAMPLES_IN_MEMORY = 1000
+
+
+def save_many(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompts: Sequence[str]) -> None:
+    """Samples into files of WORKDIR/samples, for `python -m diffax.evaluate`; draws the first ones."""
+    c, names = job.config["sample"], [stage.name for stage in sample_fn.stages]
+    num = max(c["num"], len(prompts))
+    cond = pipeline.sample_conditions(sample_fn, num, prompts)
+
+    def sample(first: int, count: int) -> np.ndarray:
+        some = {name: values[first : first + count] for name, values in cond.items()}
+        return sample_fn(c["seed"], count, first=first, batch_size=c["batch_size"], **some)
+
+    how = {
+        name: {k: job.config[name].get(k) for k in ("steps", "sampler", "guidance", "guidance_scale")} for name in names
+    }
+    which = {"training_step": dict(sample_fn.step), "ema": job.args.ema, "raw": job.args.raw}
+    about = {"seed": c["seed"], "num": num, **which, "stages": how, "prompts": list(prompts)}
+    folder = job.workdir / "samples"
+    files = evaluate.sample_to_folder(sample, folder, num, about=about, labels=cond.get("label"))
+    with np.load(files[0], allow_pickle=False) as file:
+        pipeline.draw_grid(path, images.from_uint8(file["arr_0"][: 8 * c["columns"]]), columns=c["columns"])
+    print(f"samples: {path}\nsamples: {folder}\nto score them: python -m diffax.evaluate {folder} REFERENCE")
+
+
 def write_samples(
-    sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path, class_names: Sequence[str]
+    sample_fn: pipeline.SampleFn,
+    config: dict,
+    path: pathlib.Path,
+    class_names: Sequence[str],
+    prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Samples as the config's `sample` section says, into one labelled grid; returns what every stage made."""
     c = config["sample"]
-    cond = pipeline.sample_conditions(sample_fn.stages, c["num"])
-    made = sample_fn(c["seed"], c["num"], batch_size=c["batch_size"], every_stage=True, **cond)
-    labels = [class_names[i] if i < len(class_names) else str(i) for i in cond["label"]] if cond else None
-    pipeline.draw_grid(path, made[sample_fn.stages[-1].name], columns=c["columns"], labels=labels)
+    num = max(c["num"], len(prompts))
+    cond = pipeline.sample_conditions(sample_fn, num, prompts)
+    made = sample_fn(c["seed"], num, batch_size=c["batch_size"], every_stage=True, **cond)
+    pipeline.draw_grid(
+        path, made[sample_fn.stages[-1].name], columns=c["columns"], labels=picture_labels(cond, class_names)
+    )
     return {"made": made, **cond}
 
 
+def picture_labels(cond: dict[str, Any], class_names: Sequence[str]) -> list[str] | None:
+    """What stands under pictures that were made under these conditions."""
+    if "prompt" in cond:
+        return list(cond["prompt"])
+    if "label" in cond:
+        return [class_names[i] if i < len(class_names) else str(i) for i in cond["label"]]
+    return None
+
+
+def asked_prompts(job: Job) -> list[str]:
+    """The prompts of the command line; empty if there are none.
+
+    Raises:
+      UserError: the file of prompts cannot be read or holds none.
+    """
+    if job.args.prompt is not None:
+        return [job.args.prompt]
+    if not job.args.prompts:
+        return []
+    try:
+        lines = pathlib.Path(job.args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the prompts ({error}); --prompts={job.args.prompts}; one a line, UTF-8"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"there are no prompts; --prompts={job.args.prompts}; write one a line")
+    return prompts
+
+
 def run_sample(job: Job) -> None:
-    """Samples from a trained workdir into one picture; or enlarges --input, or held-out pictures of the data."""
+    """Samples from a trained workdir into one picture; or edits or enlarges --input, or enlarges held-out pictures."""
     c, given = job.config["sample"], job.args.input
-    path = pathlib.Path(job.args.output or job.workdir / ("enlarged.png" if given else "samples.png"))
+    editing = job.args.mask is not None or job.args.strength is not None
+    if editing and not given:
+        raise UserError("there is no picture to edit; --mask and --strength; pass --input=FILE")
+    prompts = asked_prompts(job)
+    name = ("edited.png" if editing else "enlarged.png") if given else "samples.png"
+    path = pathlib.Path(job.args.output or job.workdir / name)
     if job.args.output and path.exists() and not job.args.overwrite:
         raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
     sample_fn = load_trained(job)
     if parallel.process_index() != 0:
+        return
+    if prompts and not sample_fn.tokenizers:
+        raise UserError("this model reads no text; --prompt; leave it out")
+    if editing:
+        edit_picture(sample_fn, job, prompts, path)
         return
     if given:
         sample_fn = sample_fn.starting_at(job.args.stage or sample_fn.stages[-1].name)
@@ -167,12 +250,15 @@ def run_sample(job: Job) -> None:
             name = sample_fn.stages[0].name
             raise UserError(f"{name} enlarges no picture; --input; pass --stage=NAME of one that takes 'low_res'")
     if given and not given.endswith(".npz"):
-        enlarge_picture(sample_fn, images.read_image(given), c, path)
+        enlarge_picture(sample_fn, images.read_image(given), c, path, prompts)
         return
     if given or "low_res" in sample_fn.takes:
-        made, label = enlarge_samples(job, sample_fn, path)
+        made, label = enlarge_samples(job, sample_fn, path, prompts)
+    elif c["save"] and max(c["num"], len(prompts)) > SAMPLES_IN_MEMORY:
+        save_many(job, sample_fn, path, prompts)
+        return
     else:
-        found = write_samples(sample_fn, job.config, path, class_names(job))
+        found = write_samples(sample_fn, job.config, path, class_names(job), prompts)
         made, label = found["made"], found.get("label")
     print(f"samples: {path}")
     for name, pictures in made.items() if c["save"] else ():
@@ -182,12 +268,45 @@ def run_sample(job: Job) -> None:
         print(f"samples: {images.save_npz(job.workdir / name, kept, label)}")
 
 
-def enlarge_picture(sample_fn: pipeline.SampleFn, picture: np.ndarray, c: dict, path: pathlib.Path) -> None:
-    """Enlarges one picture, uint8 [h, w, 3]; writes it beside its bicubic enlargement, and alone."""
+def as_read_by(stage: stages.Stage, picture: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [h, w, 3], as floats in the channels of a stage."""
     picture = images.as_floats(picture)
-    if sample_fn.stages[0].shape[-1] == 1:
-        picture = picture.mean(-1, keepdims=True)
-    cond = {k: v[0] for k, v in pipeline.sample_conditions(sample_fn.stages, 1).items()}
+    return picture.mean(-1, keepdims=True) if stage.shape[-1] == 1 else picture
+
+
+def edit_picture(sample_fn: pipeline.SampleFn, job: Job, prompts: Sequence[str], path: pathlib.Path) -> None:
+    """Fills the holes of --input, or paints over it; writes the picture, what is known of it, and the results."""
+    c, last, args = job.config["sample"], sample_fn.stages[-1], job.args
+    picture, mask = images.read_image(args.input), None
+    if args.mask is not None:
+        mask = images.read_image(args.mask)
+        if mask.shape != picture.shape:
+            raise UserError(
+                f"the mask is {mask.shape[1]} x {mask.shape[0]} and the picture {picture.shape[1]} x "
+                f"{picture.shape[0]}; --mask; make them the same size"
+            )
+        mask = data.image_ops.center_crop(mask, *last.shape[:2]).mean(-1) >= 128
+    picture = as_read_by(last, data.image_ops.center_crop(picture, *last.shape[:2]))
+    num = max(c["num"], len(prompts))
+    cond = pipeline.sample_conditions(sample_fn, num, prompts)
+    made = sample_fn(
+        c["seed"], num, image=picture, mask=mask, strength=args.strength, batch_size=c["batch_size"], **cond
+    )
+    known = picture if mask is None else np.where(mask[..., None], picture, 0)
+    shown = [picture, known] if mask is not None else [picture]
+    labels = ["input", "known"][: len(shown)] + (picture_labels(cond, class_names(job)) or [""] * num)
+    pipeline.draw_grid(path, np.concatenate([np.stack(shown), made]), columns=c["columns"], labels=labels)
+    print(f"edited: {path}")
+    if c["save"]:
+        print(f"samples: {images.save_npz(path.with_suffix(''), images.to_uint8(made), cond.get('label'))}")
+
+
+def enlarge_picture(
+    sample_fn: pipeline.SampleFn, picture: np.ndarray, c: dict, path: pathlib.Path, prompts: Sequence[str] = ()
+) -> None:
+    """Enlarges one picture, uint8 [h, w, 3]; writes it beside its bicubic enlargement, and alone."""
+    picture = as_read_by(sample_fn.stages[0], picture)
+    cond = {k: v[0] for k, v in pipeline.sample_conditions(sample_fn, 1, prompts).items()}
     made = pipeline.enlarge(sample_fn, picture, seed=c["seed"], tile=c["tile"], batch_size=c["batch_size"], **cond)
     images.check_finite(made[None])
     alone = path.with_name(f"{path.stem}_result.png")
@@ -197,7 +316,7 @@ def enlarge_picture(sample_fn: pipeline.SampleFn, picture: np.ndarray, c: dict, 
 
 
 def enlarge_samples(
-    job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path
+    job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompts: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Enlarges the samples of an --input file, or held-out pictures; draws the first ones; returns all, and labels."""
     c, first = job.config["sample"], sample_fn.stages[0]
@@ -208,8 +327,8 @@ def enlarge_samples(
         found = evaluate.held_out_examples(job.config[first.name], c["num"])
         small, label = pipeline.smaller(found["image"], first.low_res.factor), found.get("label")
         real = found["image"] if len(sample_fn.stages) == 1 else None
-    cond = pipeline.sample_conditions(sample_fn.stages, len(small))
-    if cond and label is not None:
+    cond = pipeline.sample_conditions(sample_fn, len(small), prompts)
+    if "label" in cond and label is not None:
         cond["label"] = label.astype(np.int32)
     made = sample_fn(c["seed"], image=small, batch_size=c["batch_size"], every_stage=True, **cond)
     last = made[sample_fn.stages[-1].name]
@@ -221,9 +340,9 @@ def run_evaluate(job: Job) -> None:
     """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures."""
     config = job.config
     for name in configs.trained_sections(config):
-        if config["eval"]["num"] and configs.is_classifier(config[name]) and is_trained(job, name):
-            evaluate_classifier(job, name)
-    if not any(not configs.is_classifier(config[name]) for name in config["stages"]):
+        if config["eval"]["num"] and not configs.makes_pictures(config[name]) and is_trained(job, name):
+            evaluate_guide(job, name)
+    if not any(configs.makes_pictures(config[name]) for name in config["stages"]):
         return
     sample_fn = load_trained(job)
     for stage in sample_fn.stages:
@@ -237,13 +356,19 @@ def run_evaluate(job: Job) -> None:
         rows.append(row)
         of = "_".join(str(row[k]) for k in ("guidance", "level", "sampler", "steps") if k in row)
         if "_samples" in row:
-            pipeline.draw_grid(folder / f"samples_{of}.png", row["_samples"], columns=stage.num_classes or 8)
+            grid = {"columns": stage.num_classes or 8, "labels": row.get("_labels")}
+            pipeline.draw_grid(folder / f"samples_{of}.png", row["_samples"], **grid)
         if "_curve" in row:
             curve = {"rate-distortion": row["_curve"]}
             panel = images.Panel("rate, bits per dimension", "distortion, RMSE of 0 to 255", curve)
             images.line_plots(folder / f"rate_distortion_{row['steps']}.png", [panel])
     print(evaluate.write_report(job.workdir, rows, report_header(job, sample_fn)))
-    for name, panels in (("trade_off", evaluate.trade_off(rows)), ("best_level", evaluate.best_level(rows))):
+    plots = {
+        "trade_off": evaluate.trade_off(rows),
+        "best_level": evaluate.best_level(rows),
+        "caption_accuracy": evaluate.caption_accuracy(rows),
+    }
+    for name, panels in plots.items():
         if panels:
             images.line_plots(job.workdir / f"{name}.png", panels)
             print(f"plot: {job.workdir / f'{name}.png'}")
@@ -276,15 +401,15 @@ def evaluate_enlargement(job: Job, sample_fn: pipeline.SampleFn, name: str) -> N
     print(evaluate.write_report(job.workdir / name, rows, report_header(job, alone), name="enlargements"))
 
 
-def evaluate_classifier(job: Job, name: str) -> None:
-    """Prints and plots the held-out accuracy of a noised classifier."""
+def evaluate_guide(job: Job, name: str) -> None:
+    """Prints and plots the held-out accuracy of a noised classifier or a CLIP."""
     config, section = job.config, job.config[name]
     params, step = pipeline.load_params(
         config, name, job.workdir, step=job.args.step, decay=job.args.ema, raw=job.args.raw
     )
     held_out = evaluate.held_out_examples(section, config["eval"]["num"])
-    model = stages.build_classifier(config, name)
-    found = evaluate.classifier_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
+    model = stages.build(config, name)
+    found = evaluate.guide_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
     row = evaluate.write_classifier_report(job.workdir / name, found, step)
     print(f"{name} on {len(held_out['image'])} held-out pictures: {row}", file=sys.stderr, flush=True)
 
@@ -292,9 +417,7 @@ def evaluate_classifier(job: Job, name: str) -> None:
 def write_progress(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Path) -> None:
     """A row for each of a few pictures: what the model takes them for on the way (DDPM, figure 6)."""
     rows, moments = 8, 10
-    _, kept = sample_fn(
-        config["sample"]["seed"], rows, keep=moments, **pipeline.sample_conditions(sample_fn.stages, rows)
-    )
+    _, kept = sample_fn(config["sample"]["seed"], rows, keep=moments, **pipeline.sample_conditions(sample_fn, rows))
     pipeline.draw_grid(path, kept.reshape(rows * moments, *kept.shape[2:]), columns=moments)
 
 
@@ -348,6 +471,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="sample: enlarge this picture, or the samples of an .npz file, by --stage (default the last one)",
     )
+    p.add_argument("--prompt", metavar="TEXT", help="sample: what the pictures show, for models that read text")
+    p.add_argument("--prompts", metavar="FILE", help="sample: prompts, one a line")
+    p.add_argument("--mask", metavar="FILE", help="sample: what of --input to keep, white, and what to fill in, black")
+    p.add_argument("--strength", type=float, help="sample: paint over --input; 0.3 stays near it, 1 forgets it")
     p.add_argument("--output", help="sample: the picture to write (default WORKDIR/samples.png)")
     p.add_argument("--overwrite", action="store_true", help="sample: replace the output")
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (diffax[log])")

@@ -103,6 +103,13 @@ def create(where: Layout, init: Callable, *args) -> Any:
     return jax.jit(init, out_shardings=out, compiler_options=options)(*args)
 
 
+def place(tree: Any, like: Any) -> Any:
+    """Arrays of the host where those of `like` are, cut as they are; every process has all of `tree`."""
+    return jax.tree.map(
+        lambda a, there: jax.make_array_from_callback(a.shape, there.sharding, lambda index, a=a: a[index]), tree, like
+    )
+
+
 def put(where: Layout, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Moves this process's part of a global batch to the devices.
 

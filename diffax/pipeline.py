@@ -12,7 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffax import checkpoint, conditioning, images, parallel, reporting, samplers, schedules, stages
+from diffax import (
+    checkpoint,
+    conditioning,
+    convert,
+    data,
+    images,
+    models,
+    parallel,
+    reporting,
+    samplers,
+    schedules,
+    stages,
+    tokenizer,
+)
 from diffax import config as configs
 from diffax.errors import UserError
 
@@ -37,6 +50,8 @@ NOT_IN_THE_NETWORK = (
     "low_res.blur_sigma",
     "low_res.jpeg",
     "low_res.crop",
+    "inpaint",
+    "text.vocab",
     "net.dropout",
     "net.dtype",
     "net.remat",
@@ -70,13 +85,24 @@ class SampleFn:
         """Labels are 0 .. num_classes - 1; 0 where there are none."""
         return max(s.num_classes for s in self.stages)
 
+    @functools.cached_property
+    def tokenizers(self) -> Mapping[str, tokenizer.Tokenizer]:
+        """{condition: prompts -> its ids}: 'text' of stages that read any, 'clip_text' of a CLIP that guides one."""
+        readers = [("text", s.name) for s in self.stages if "text" in s.takes]
+        readers += [("clip_text", s.guide.name) for s in self.stages if isinstance(s.guide, stages.Clip)]
+        return {condition: text_tokenizer(self.config[name]) for condition, name in readers}
+
     def __call__(
         self,
         key: int | jax.Array,
         n: int | None = None,
         *,
+        first: int = 0,
+        prompt: str | Sequence[str] | None = None,
         guidance: float | Sequence[float] | Mapping[str, Any] | None = None,
         image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strength: float | None = None,
         level: float | Sequence[float] | Mapping[str, Any] | None = None,
         steps: str | int | None = None,
         sampler: str | None = None,
@@ -94,10 +120,17 @@ class SampleFn:
         Args:
           key: a seed or a typed PRNG key.
           n: how many; by default as many as there are conditions, else 1.
+          first: the number i of the first one: with n, pictures that an earlier call did not come to.
+          prompt: what the pictures show, if a stage takes 'text': one text for all, or one each; a long one is cut.
           guidance: scale of the classifier's or of classifier-free guidance, one for all pictures or one each; see
             `diffax.guidance` for what 0 and 1 mean. {stage: scale} where stages differ. By default the config's.
-          image: what the first stage enlarges, if it takes 'low_res': [h, w, C] or [n, h, w, C], uint8 or floats in
-            [-1, 1], of any size that its network can halve often enough once enlarged.
+          image: [h, w, C] or [n, h, w, C], uint8 or floats in [-1, 1]. Without `mask` and `strength` it is what the
+            first stage enlarges, if that takes 'low_res', of any size that its network can halve often enough once
+            enlarged. With either it is edited, and has the size of the last stage's pictures.
+          mask: [h, w] or [n, h, w], true or 1 where `image` is known and stays as it is, bit by bit; the rest is filled
+            in: by a model that was trained to (it takes 'inpaint'), else by replacement at every step.
+          strength: how far from `image` the result may go, in (0, 1]: the share of the steps that are walked from
+            `image` made noisy. 1, or none: from noise alone.
           level: noise on the smaller picture that a stage enlarges, as u in [0, 1], up to what it was trained with;
             given like guidance. By default the config's.
           steps: another choice of steps than the config's, such as 50, 'ddim25' or 'logsnr10'.
@@ -114,22 +147,36 @@ class SampleFn:
         Raises:
           UserError: a condition is missing, unknown or out of range; n, guidance, steps or sampler cannot be.
         """
-        if image is not None:
+        edit = {}
+        if mask is not None or strength is not None:
+            edit = self._edit(image, mask, strength)
+        elif image is not None:
             cond["low_res"] = images.as_floats(image)
-        n = self._count(n, cond, guidance, level)
+        if prompt is not None:
+            cond |= self._read(prompt)
+        n = self._count(n, {**cond, **edit}, guidance, level)
         cond = self._conditions(cond, n)
         numbers = {"guidance": self._scales(guidance, n), "level": self._levels(level, n)}
+        numbers |= {name: _one_each(name, array, n, 3) for name, array in edit.items()}
         if sampler is not None and sampler not in samplers.SAMPLERS:
             near = configs.closest(str(sampler), samplers.SAMPLERS)
             raise UserError(f"unknown sampler {sampler!r}{near}; sample_fn; use one of {', '.join(samplers.SAMPLERS)}")
         if batch_size < 1 or keep < 0 or (keep and every_stage):
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         try:
-            run = _compiled(self.stages, None if steps is None else str(steps), sampler, float(eta), keep, every_stage)
+            run = _compiled(
+                self.stages,
+                None if steps is None else str(steps),
+                sampler,
+                float(eta),
+                keep,
+                every_stage,
+                float(strength or 1),
+            )
         except ValueError as error:
             raise UserError(f"{error}; sample_fn(steps={steps!r})") from error
         key = jax.random.key(key) if isinstance(key, int | np.integer) else key
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(n))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(first, first + n))
         size = min(batch_size, 2 ** math.ceil(math.log2(n)))
         done = []
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
@@ -149,6 +196,47 @@ class SampleFn:
         if name not in names:
             raise UserError(f"unknown stage {name!r}; sample_fn.starting_at; stages are {', '.join(names)}")
         return dataclasses.replace(self, stages=self.stages[names.index(name) :])
+
+    def _read(self, prompt: str | Sequence[str]) -> dict[str, np.ndarray]:
+        """{condition: ids of prompts}, [L] of a single text or [n, L]."""
+        if not self.tokenizers:
+            raise UserError("this model reads no text; sample_fn(prompt=...); leave it out")
+        one = isinstance(prompt, str)
+        if not one and not len(prompt):
+            raise UserError("there are no prompts; sample_fn(prompt=[]); give at least one")
+        prompts = [prompt] if one else list(prompt)
+        ids = {name: read(prompts) for name, read in self.tokenizers.items()}
+        return {name: rows[0] for name, rows in ids.items()} if one else ids
+
+    def _edit(self, image: Any, mask: Any, strength: float | None) -> dict[str, np.ndarray]:
+        """The picture to be edited and what is known of it, as `stages.sample_fn` takes them."""
+        shape = self.stages[-1].shape
+        if image is None:
+            raise UserError("there is no picture to edit; sample_fn(mask=..., strength=...); pass image=[h, w, C]")
+        if self.stages[0].low_res:
+            raise UserError(
+                f"{self.stages[0].name} enlarges a picture, so nothing can be edited; sample_fn; use a model of the "
+                "whole cascade"
+            )
+        if strength is not None and not 0 < strength <= 1:
+            raise UserError(
+                f"strength is {strength}; sample_fn; pass a number above 0, the picture, up to 1, noise alone"
+            )
+        image = images.as_floats(image)
+        if image.ndim not in (3, 4) or image.shape[-3:] != shape:
+            raise UserError(
+                f"image is {image.shape}; sample_fn; this model edits pictures of {shape}: resize or crop it"
+            )
+        if not np.isfinite(image).all() or np.abs(image).max() > 1 + 1e-3:
+            raise UserError("image has values outside [-1, 1]; sample_fn; pass uint8, or floats in [-1, 1]")
+        if mask is None:
+            return {"picture": image}
+        known = np.asarray(mask)
+        if known.shape not in (image.shape[:-1], shape[:2]):
+            raise UserError(f"mask is {known.shape}; sample_fn; it must be {image.shape[:-1]}, like the image")
+        if not np.isin(known, (0, 1)).all():
+            raise UserError("mask has values besides 0 and 1; sample_fn; pass 1 where the picture stays, 0 elsewhere")
+        return {"picture": image, "known": known.astype(np.float32)[..., None]}
 
     def _count(self, n: int | None, cond: Mapping[str, Any], *numbers: Any) -> int:
         """How many pictures are asked for: n, or as many as there are conditions, scales or levels."""
@@ -176,16 +264,20 @@ class SampleFn:
                 raise UserError(f"condition {name!r} is not taken; sample_fn; it takes {list(self.takes) or 'none'}")
         for name in self.takes:
             if name not in cond:
-                raise UserError(f"condition {name!r} is missing; sample_fn; pass {name}=[...]")
+                wanted = {"text": "prompt='...'", "clip_text": "prompt='...'", "low_res": "image=[h, w, C]"}.get(
+                    name, f"{name}=[...]"
+                )
+                raise UserError(f"condition {name!r} is missing; sample_fn; pass {wanted}")
         arrays = {}
         for name, value in cond.items():
-            kind = np.int32 if name == "label" else np.float32
+            integers = name in ("label", "text", "clip_text")
+            kind = np.int32 if integers else np.float32
             try:
                 array = np.asarray(value)
-                wrong = name == "label" and array.size and not np.issubdtype(array.dtype, np.integer)
+                wrong = integers and array.size and not np.issubdtype(array.dtype, np.integer)
             except ValueError:
                 wrong = True
-            if name in CONDITIONS and (wrong or array.ndim not in (CONDITIONS[name], CONDITIONS[name] + 1)):
+            if name == "low_res" and (wrong or array.ndim not in (CONDITIONS[name], CONDITIONS[name] + 1)):
                 shape = getattr(value, "shape", "ragged")
                 raise UserError(f"condition {name} is {shape}; sample_fn; pass one picture [h, w, C], or [n, h, w, C]")
             if wrong:
@@ -253,7 +345,7 @@ def _numbers(what: str, given: Any, own: Mapping[str, float], n: int, *, none: s
 
 
 # Conditions that are arrays themselves, and their rank; the others are numbers.
-CONDITIONS = {"low_res": 3}
+CONDITIONS = {"low_res": 3, "text": 1, "clip_text": 1, "picture": 3, "known": 3}
 
 
 def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
@@ -265,7 +357,13 @@ def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(
-    built: tuple[stages.Stage, ...], steps: str | None, sampler: str | None, eta: float, keep: int, every_stage: bool
+    built: tuple[stages.Stage, ...],
+    steps: str | None,
+    sampler: str | None,
+    eta: float,
+    keep: int,
+    every_stage: bool,
+    strength: float,
 ):
     """The sampler over all devices, one for all parameters: (params, keys, numbers, cond) -> pictures."""
     if steps is not None:
@@ -274,7 +372,7 @@ def _compiled(
         )
     if sampler is not None:
         built = tuple(dataclasses.replace(s, sampler=samplers.SAMPLERS[sampler](eta)) for s in built)
-    pure = stages.sample_fn(built, keep=keep, every_stage=every_stage)
+    pure = stages.sample_fn(built, keep=keep, every_stage=every_stage, strength=strength)
 
     def run(params, keys, numbers, cond):
         out = pure(params, keys, **numbers, **cond)
@@ -350,8 +448,9 @@ def load(
 
     Args:
       source: the workdir that training wrote to; or a config, `configs/NAME.py[:variant]` or `NAME[:variant]`, whose
-        weights are in `checkpoint`.
-      checkpoint: the workdir that holds the weights; by default `source`, or runs/NAME of a config.
+        weights are in `checkpoint`; or a published file, such as '64x64_diffusion.pt' (see `diffax.convert`).
+      checkpoint: the workdir that holds the weights, or a published file or a list of them; by default `source`, or
+        runs/NAME of a config.
       config: use this config in place of the workdir's (a plain dict of the same networks).
       step: a training step, by default the newest intact one.
       decay: which average of the parameters, by default the first configured one.
@@ -363,6 +462,12 @@ def load(
     Raises:
       UserError: there is no such workdir, config, checkpoint, step or average; or no stage that makes pictures.
     """
+    files = next((f for f in (checkpoint, source) if f is not None and convert.is_weights(f)), None)
+    if files is not None:
+        config, params, steps = convert.load(files, source if files is checkpoint else None)
+        if not (built := stages.build_stages(config)):
+            raise UserError(f"no stage makes pictures in {files}: it holds a classifier; load the model that it guides")
+        return SampleFn(tuple(built), params, config, steps)
     workdir = pathlib.Path(source)
     if config is None and (workdir / "config.json").exists():
         config = configs.to_dict(configs.from_dict(read_config(workdir)))  # fields that are newer than it get defaults
@@ -379,7 +484,7 @@ def load(
     if not built:
         raise UserError(f"no stage makes pictures in {workdir}: it holds a classifier; load the model that it guides")
     params, steps = {}, {}
-    for name in dict.fromkeys(n for s in built for n in (s.name, *([s.classifier.name] if s.classifier else []))):
+    for name in dict.fromkeys(n for s in built for n in (s.name, *([s.guide.name] if s.guide else []))):
         params[name], steps[name] = load_params(config, name, workdir, step=step, decay=decay, raw=raw)
     return SampleFn(tuple(built), params, config, steps)
 
@@ -440,10 +545,66 @@ def spread_labels(n: int, num_classes: int) -> np.ndarray:
     return np.arange(n, dtype=np.int32) % num_classes
 
 
-def sample_conditions(built: Sequence[stages.Stage], n: int) -> dict[str, np.ndarray]:
-    """Labels for n pictures without a wish of their own, in turn."""
-    labelled = [s for s in built if "label" in s.reads]
-    return {"label": spread_labels(n, labelled[0].num_classes)} if labelled else {}
+def sample_conditions(sample_fn: SampleFn, n: int, prompts: Sequence[str] = ()) -> dict[str, Any]:
+    """Conditions for n pictures without a wish of their own, by their names in a call of `sample_fn`.
+
+    Labels in turn. Prompts in turn, by default those of the config's `sample.prompts`, else captions of the data.
+    """
+    cond: dict[str, Any] = {}
+    labelled = [s for s in sample_fn.stages if "label" in s.reads]
+    if labelled:
+        cond["label"] = spread_labels(n, labelled[0].num_classes)
+    if sample_fn.tokenizers:
+        first = sample_fn.stages[0].name
+        prompts = prompts or sample_fn.config["sample"]["prompts"] or captions(sample_fn.config[first], n)
+        cond["prompt"] = [prompts[i % len(prompts)] for i in range(n)]
+    return cond
+
+
+def captions(section: Mapping[str, Any], limit: int) -> list[str]:
+    """At most `limit` captions of held-out pictures of a section's data."""
+    c, shape = section["data"], section["shape"]
+    found = data.examples(
+        data.held_out(c, shape=shape), c, shape=shape, limit=limit, tokenize=lambda texts: np.zeros((len(texts), 1))
+    )
+    return list(found["caption"])
+
+
+def text_tokenizer(section: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
+    """The tokenizer of a section that takes 'text'; None for the others.
+
+    Raises:
+      UserError: its vocabulary cannot be had.
+    """
+    c = section["text"]
+    return tokenizer.build(c["tokenizer"], vocab=c["vocab"], length=c["length"]) if "text" in section["takes"] else None
+
+
+def starting_params(section: Mapping[str, Any], name: str) -> Params:
+    """The parameters that a new run of a section starts from: those of its namesake in `train.start_from`, averaged.
+
+    A network that inpaints and starts from one that does not gets channels for the known pixels, which are zero at
+    first, so that it starts as the same function (GLIDE, section 2.3).
+
+    Raises:
+      UserError: there are none, or they are of a network that differs in more.
+    """
+    workdir = pathlib.Path(section["train"]["start_from"])
+    with checkpoint.Checkpoints(workdir / name / "checkpoints", read_only=True) as checkpoints:
+        saved = configs.complete_section(checkpoints.read_meta()["stage"])
+        lines = checkpoint.config_difference(saved, section, ignore=(*NOT_IN_THE_NETWORK, "takes", "drop"))
+        if lines:
+            raise UserError(f"{lines[0]}; {checkpoints.directory}; start from a model of the same network")
+        average = next((str(d) for d in saved["train"]["ema"]), None)
+        _, params, _ = checkpoints.restore_ema(decay=average, raw=average is None)
+    missing = [c for c in section["takes"] if c not in saved["takes"]]
+    if missing not in ([], ["inpaint"]) or len(section["takes"]) != len(saved["takes"]) + len(missing):
+        raise UserError(
+            f"{name} takes {section['takes']}, but what it starts from {saved['takes']}; "
+            f"config.{name}.train.start_from; they may differ by 'inpaint' alone"
+        )
+    channels = section["shape"][-1]
+    return models.widen_input(params, at=channels, by=channels + 1) if missing else params
 
 
 def smaller(image: np.ndarray, factor: int) -> np.ndarray:

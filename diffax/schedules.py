@@ -317,6 +317,18 @@ def until(steps: Transition, logsnr: float) -> Transition:
     return steps[:count]
 
 
+def last(steps: Transition, share: float) -> Transition:
+    """The cleanest `share` of the steps, at least one.
+
+    Raises:
+      ValueError: the share is outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of the steps must be above 0 and at most 1; got {share:g}")
+    count = len(steps.t.logsnr)
+    return steps[count - max(1, round(share * count)) :]
+
+
 def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> np.ndarray:
     """Chooses which of the T training steps a shorter chain keeps (Improved DDPM section 4; ADM).
 

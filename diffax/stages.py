@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import conditioning, guidance, losses, models, samplers, schedules, timesteps
+from diffax import conditioning, guidance, losses, models, samplers, schedules, timesteps, tokenizer
 from diffax import config as configs
+from diffax.models import clip
 from diffax.process import diffuse, predict
 from diffax.schedules import NoiseLevel, Schedule, Transition
 
@@ -50,6 +51,39 @@ class NoisedClassifier:
         return ("label",)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A CLIP: which caption goes with which picture (Radford et al. 2021), at every noise level if noised (GLIDE).
+
+    Attributes:
+      name: the config's section.
+      shape: (H, W, C) of the pictures it reads.
+      net: a `models.clip.CLIP`.
+      noised: whether its pictures are noisy, and it is told how much.
+      schedule: noise level as a function of u.
+      train_steps: T of the schedule.
+      timesteps: how training draws u.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    net: clip.CLIP
+    noised: bool
+    schedule: Schedule
+    train_steps: int
+    timesteps: timesteps.TimestepSampler
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What a training batch must hold besides its pictures: ids of its own tokenizer."""
+        return ("text",)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The condition of a stage that it guides: a caption in its own ids."""
+        return ("clip_text",)
+
+
 class LowRes(NamedTuple):
     """How a stage meets the smaller picture that it enlarges (CDM, section 3).
 
@@ -83,6 +117,7 @@ class Stage:
       shape: (H, W, C) of what it makes.
       takes: conditions that its network reads, such as ('label', 'low_res').
       low_res: how it meets 'low_res', if it takes that.
+      empty: share of the training examples of which it knows no pixel, if it takes 'inpaint'.
       num_classes: number of labels that it, or the classifier that guides it, knows.
       net: the network.
       schedule: noise level as a function of u.
@@ -95,8 +130,9 @@ class Stage:
       null: {condition: what stands for it where it is withheld}; empty if none ever is.
       guidance: names of `GUIDANCE` that wrap the denoiser in sampling, innermost first.
       scale: of the guidance that has one, where a call gives none.
-      classifier: what the guidance 'classifier' asks.
+      guide: what the guidance 'classifier' or 'clip' asks.
       sampler: the sampler.
+      temperature: of the noise that sampling starts from.
       sampling: table of the transitions that sampling walks.
     """
 
@@ -105,6 +141,7 @@ class Stage:
     shape: tuple[int, int, int]
     takes: tuple[str, ...]
     low_res: LowRes | None
+    empty: float
     num_classes: int
     net: models.Network
     schedule: Schedule
@@ -117,14 +154,16 @@ class Stage:
     null: Mapping[str, Any]
     guidance: tuple[str, ...]
     scale: float
-    classifier: NoisedClassifier | None
+    guide: NoisedClassifier | Clip | None
     sampler: samplers.Sampler
+    temperature: float
     sampling: Transition
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Conditions that sampling needs: the network's and those of the guidance."""
-        return tuple(dict.fromkeys((*self.takes, *(self.classifier.reads if self.classifier else ()))))
+        """Conditions that sampling needs: the network's and the guidance's; not 'inpaint', which may be empty."""
+        takes = [name for name in self.takes if name != "inpaint"]
+        return tuple(dict.fromkeys((*takes, *(self.guide.reads if self.guide else ()))))
 
     @property
     def is_guided(self) -> bool:
@@ -133,7 +172,7 @@ class Stage:
 
 
 def _classifier_guidance(stage: Stage, params: Mapping[str, Params], scale: Array) -> guidance.Guidance:
-    classifier = stage.classifier
+    classifier = stage.guide
 
     def log_prob(z: Array, t: NoiseLevel, *, label: Array, **_: Array) -> Array:
         logits = classifier.net.apply({"params": params[classifier.name]}, z, t.time)
@@ -142,11 +181,26 @@ def _classifier_guidance(stage: Stage, params: Mapping[str, Params], scale: Arra
     return guidance.classifier(log_prob, scale)
 
 
+def _clip_guidance(stage: Stage, params: Mapping[str, Params], scale: Array) -> guidance.Guidance:
+    own = params[stage.guide.name]
+
+    def similarity(z: Array, t: NoiseLevel, *, clip_text: Array, **_: Array) -> Array:
+        """clip_text: [B, E], encoded already."""
+        image = stage.guide.net.apply({"params": own}, z, t.time, method="encode_image")
+        return guidance.clip_similarity(image, clip_text, jnp.minimum(own["logit_scale"], LARGEST_LOGIT_SCALE))
+
+    return guidance.clip_guided(similarity, scale)
+
+
+LARGEST_LOGIT_SCALE = float(np.log(100.0))  # Radford et al. 2021
+
 # (stage, {section: params}, scale) -> guidance
 GUIDANCE: dict[str, Callable[[Stage, Mapping[str, Params], Array], guidance.Guidance]] = {
     "clip_denoised": lambda stage, params, scale: guidance.clip_denoised(),
     "dynamic_threshold": lambda stage, params, scale: guidance.dynamic_threshold(),
+    "keep_known": lambda stage, params, scale: guidance.keep_known(),
     "classifier": _classifier_guidance,
+    "clip": _clip_guidance,
     "classifier_free": lambda stage, params, scale: guidance.classifier_free(scale, stage.null),
 }
 SCALED = configs.SCALED  # a stage has one of these at most
@@ -156,6 +210,11 @@ def _choose(table: Mapping[str, Any], name: str, field: str):
     if name not in table:
         raise ValueError(f"unknown {field} {name!r}; use one of {', '.join(sorted(table))}")
     return table[name]
+
+
+def _vocab_size(section: Mapping) -> int:
+    """Rows of the table of tokens: as many as the tokenizer has ids, unless the section wants more."""
+    return section["net"]["text"]["vocab_size"] or tokenizer.VOCAB_SIZES[section["text"]["tokenizer"]]
 
 
 def build_classifier(config: Mapping, name: str) -> NoisedClassifier:
@@ -170,11 +229,43 @@ def build_classifier(config: Mapping, name: str) -> NoisedClassifier:
         name=name,
         shape=tuple(c["shape"]),
         num_classes=c["num_classes"],
-        net=models.build(c["net"], shape=tuple(c["shape"]), out_channels=c["num_classes"]),
+        net=models.build(
+            {k: v for k, v in c["net"].items() if k not in ONLY_CLIP},
+            shape=tuple(c["shape"]),
+            out_channels=c["num_classes"],
+        ),
         schedule=schedule,
         train_steps=train_steps,
         timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
     )
+
+
+def build_clip(config: Mapping, name: str) -> Clip:
+    """Builds the CLIP that section `name` of a config describes.
+
+    Raises:
+      ValueError: an option is unknown or does not fit another.
+    """
+    c = config[name]
+    net, shape = c["net"], tuple(c["shape"])
+    schedule, train_steps = schedules.build(c["schedule"])
+    image = {key: net["image"][key] for key in ("width", "layers", "heads", "patch")}
+    text = {key: net["text"][key] for key in ("width", "layers", "heads")}
+    text |= {"vocab_size": _vocab_size(c), "length": c["text"]["length"]}
+    options = {key: net[key] for key in ("features", "activation", "dtype", "remat")}
+    noised = net["image"]["noised"]
+    return Clip(
+        name=name,
+        shape=shape,
+        net=clip.build({**options, "image": {**image, "times": train_steps * noised}, "text": text}, shape),
+        noised=noised,
+        schedule=schedule,
+        train_steps=train_steps,
+        timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
+    )
+
+
+ONLY_CLIP = ("image", "features", "activation")  # options of `net`
 
 
 def build_stage(config: Mapping, name: str) -> Stage:
@@ -196,8 +287,9 @@ def build_stage(config: Mapping, name: str) -> Stage:
     shape = tuple(c["shape"])
     settings = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(c["low_res"]).items()}
     low_res = LowRes(**{k: settings[k] for k in LowRes._fields}) if "low_res" in c["takes"] else None
+    text = {"vocab_size": _vocab_size(c), "length": c["text"]["length"]}
     net = models.build(
-        c["net"],
+        {k: v for k, v in c["net"].items() if k not in ONLY_CLIP} | {"text": {**c["net"]["text"], **text}},
         shape=shape,
         takes=(*c["takes"], *(["low_res_time"] if low_res and low_res.noise else [])),
         num_classes=c["num_classes"],
@@ -207,16 +299,17 @@ def build_stage(config: Mapping, name: str) -> Stage:
     names = tuple(c["guidance"])
     for guide in names:
         _choose(GUIDANCE, guide, "guidance")
-    classifier = build_classifier(config, c["classifier"]) if "classifier" in names else None
+    guide = build(config, c["classifier"]) if {"classifier", "clip"} & {*names} else None
     sampler = _choose(samplers.SAMPLERS, c["sampler"]["name"], "sampler.name")
-    makers = [n for n in config["stages"] if not configs.is_classifier(config[n])]
+    makers = [n for n in config["stages"] if configs.makes_pictures(config[n])]
     return Stage(
         name=name,
         number=makers.index(name) if name in makers else 0,
         shape=shape,
         takes=tuple(c["takes"]),
         low_res=low_res,
-        num_classes=c["num_classes"] or (classifier.num_classes if classifier else 0),
+        empty=c["inpaint"]["empty"],
+        num_classes=c["num_classes"] or getattr(guide, "num_classes", 0),
         net=net,
         schedule=schedule,
         train_steps=train_steps,
@@ -228,23 +321,25 @@ def build_stage(config: Mapping, name: str) -> Stage:
         null=models.null_conditions(net) if c["drop"] else {},
         guidance=names,
         scale=c["guidance_scale"],
-        classifier=classifier,
+        guide=guide,
         sampler=sampler(c["sampler"]["eta"]),
+        temperature=c["sampler"]["temperature"],
         sampling=schedules.build_steps(schedule, train_steps, c["steps"]),
     )
 
 
-def build(config: Mapping, name: str) -> Stage | NoisedClassifier:
-    """Builds whichever of the two section `name` describes."""
-    return (build_classifier if configs.is_classifier(config[name]) else build_stage)(config, name)
+def build(config: Mapping, name: str) -> "Stage | NoisedClassifier | Clip":
+    """Builds whatever section `name` describes."""
+    builders = {"classifier": build_classifier, "clip": build_clip}
+    return builders.get(config[name]["net"]["name"], build_stage)(config, name)
 
 
 def build_stages(config: Mapping) -> list[Stage]:
     """The diffusion stages of a config, in the order in which they are sampled."""
-    return [build_stage(config, name) for name in config["stages"] if not configs.is_classifier(config[name])]
+    return [build_stage(config, name) for name in config["stages"] if configs.makes_pictures(config[name])]
 
 
-def init_params(model: Stage | NoisedClassifier, key: Array) -> Params:
+def init_params(model: Stage | NoisedClassifier | Clip, key: Array) -> Params:
     """Initial parameters of the network, float32."""
     return model.net.init(key, *models.example_inputs(model.net, model.shape))["params"]
 
@@ -264,11 +359,11 @@ def guided_denoiser(stage: Stage, params: Mapping[str, Params], scale: Array | N
 
     Args:
       stage: the stage.
-      params: {section: parameters} of the stage and of its classifier.
+      params: {section: parameters} of the stage and of its guide.
       scale: of the guidance that has one, scalar or [B]; None leaves that guidance out.
 
     Returns:
-      The denoiser; with a classifier it also reads 'label'.
+      The denoiser; with a classifier it also reads 'label', with a CLIP 'clip_text', an embedding [B, E].
     """
     names = [name for name in stage.guidance if scale is not None or name not in SCALED]
     return guidance.guided(denoiser(stage, params[stage.name]), [GUIDANCE[n](stage, params, scale) for n in names])
@@ -283,9 +378,10 @@ class Objective(NamedTuple):
     Attributes:
       init: key -> params.
       init_extra: () -> whatever else belongs to the training state (a history of losses, or nothing).
-      loss: (params, extra, batch, keys [n], position [n], total) -> (loss [n], metrics, feedback): the loss of each of
-        n examples, which stand at `position` among the `total` of the global batch; metrics {name: (sum, count)};
-        feedback, a tree of arrays [n].
+      loss: (params, extra, batch, keys [n], position [n], total, gather) -> (loss [n], metrics, feedback): the loss of
+        each of n examples, which stand at `position` among the `total` of the global batch; metrics {name: (sum,
+        count)}; feedback, a tree of arrays [n]. `gather` brings the examples of all devices together, [n, ...] ->
+        [N, ...]; without it those at hand are all.
       update_extra: (extra, feedback of the whole global batch) -> extra.
     """
 
@@ -295,9 +391,10 @@ class Objective(NamedTuple):
     update_extra: Callable[[Any, Any], Any]
 
 
-def objective(model: Stage | NoisedClassifier) -> Objective:
-    """The training objective of a stage or a noised classifier."""
-    return classifier_objective(model) if isinstance(model, NoisedClassifier) else diffusion_objective(model)
+def objective(model: Stage | NoisedClassifier | Clip) -> Objective:
+    """The training objective of a stage, a noised classifier or a CLIP."""
+    makers = {NoisedClassifier: classifier_objective, Clip: clip_objective, Stage: diffusion_objective}
+    return makers[type(model)](model)
 
 
 def _split(keys: Array, names: Sequence[str]) -> dict[str, Array]:
@@ -345,6 +442,9 @@ def _as_sampled(low_res: Array, stage: Stage, level: NoiseLevel, keys: Array | N
     return {"low_res": low_res if noised else conditioning.noise_to(low_res, level, keys), "low_res_time": level.time}
 
 
+MADE = ("low_res", "inpaint")  # conditions that training makes of the picture
+
+
 def diffusion_objective(stage: Stage) -> Objective:
     """The training objective of a diffusion stage (DDPM algorithm 1; Improved DDPM section 3).
 
@@ -360,15 +460,19 @@ def diffusion_objective(stage: Stage) -> Objective:
         index = jnp.rint(u * stage.train_steps).astype(jnp.int32) - 1
         return jax.tree.map(lambda a: jnp.asarray(a)[index], steps)
 
-    def loss(params, extra, batch, keys, position, total):
-        keys = _split(keys, ("noise", "timestep", "dropout", "drop", "crop", "low_res"))
+    def loss(params, extra, batch, keys, position, total, gather=None):
+        names = ("noise", "timestep", "dropout", "drop", "crop", "low_res")
+        keys = _split(keys, (*names, "inpaint") if "inpaint" in stage.takes else names)
         u, weight = stage.timesteps.draw(extra, keys["timestep"], position, total)
-        x, cond = batch["image"].astype(jnp.float32), {k: batch[k] for k in stage.takes if k != "low_res"}
+        x, cond = batch["image"].astype(jnp.float32), {k: batch[k] for k in stage.takes if k not in MADE}
         if c := stage.low_res:
             low_res = batch["low_res"] if "low_res" in batch else conditioning.area_downsample(x, c.factor)
             if c.crop:
                 x, low_res = conditioning.crop_together(x, low_res, keys["crop"], side=c.crop)
             cond |= _worsened(low_res, keys["low_res"], stage)
+        if "inpaint" in stage.takes:
+            known = conditioning.random_known(keys["inpaint"], x.shape[1:], empty=stage.empty)
+            cond["inpaint"] = conditioning.masked(x, known)
         noised = losses.noised(x, _normal(keys["noise"], x.shape[1:]), steps_at(u))
         if stage.null:
             cond = conditioning.drop(cond, keys["drop"], rate=stage.drop, null=stage.null)
@@ -412,7 +516,7 @@ def classifier_objective(classifier: NoisedClassifier) -> Objective:
     Batches hold 'image' and 'label'. Metrics are the loss, top-1 and top-5 accuracy, by quarter of the noise range.
     """
 
-    def loss(params, extra, batch, keys, position, total):
+    def loss(params, extra, batch, keys, position, total, gather=None):
         keys = _split(keys, ("noise", "timestep", "dropout"))
         u, weight = classifier.timesteps.draw(extra, keys["timestep"], position, total)
         x, t = batch["image"].astype(jnp.float32), classifier.schedule(u)
@@ -428,22 +532,83 @@ def classifier_objective(classifier: NoisedClassifier) -> Objective:
     )
 
 
+def clip_terms(
+    model: Clip,
+    params: Params,
+    x: Array,
+    text: Array,
+    t: NoiseLevel,
+    eps: Array,
+    *,
+    position: Array | None = None,
+    gather: Callable[[Array], Array] | None = None,
+) -> dict[str, Array]:
+    """How well a CLIP matches pictures at given noise levels with their captions.
+
+    Args:
+      model: the CLIP.
+      params: its parameters.
+      x: [n, H, W, C] clean pictures; text: [n, L] ids of their captions; eps: [n, H, W, C] noise.
+      t: levels [n]; not used by a CLIP of clean pictures.
+      position, gather: see `losses.contrastive`; without them the n pairs are all there are.
+
+    Returns:
+      'loss' (nats), 'image_top1' and 'text_top1', [n] each.
+    """
+    z, time = (diffuse(x, t, eps), t.time) if model.noised else (x, None)
+    image, words, scale = model.net.apply({"params": params}, z, text, time)
+    position = jnp.arange(len(x)) if position is None else position
+    more = {"gather": gather} if gather else {}
+    scale = jnp.minimum(scale, LARGEST_LOGIT_SCALE)
+    loss, hits = losses.contrastive(image, words, scale, position, **more)
+    return {"loss": loss, **hits}
+
+
+def clip_objective(model: Clip) -> Objective:
+    """The contrastive loss over the global batch (GLIDE, section 2.4: on noised pictures).
+
+    Batches hold 'image' and 'text'. Metrics are the loss and the accuracy of both directions, by quarter of the noise
+    range. Of an accumulated batch each part is contrasted alone.
+    """
+
+    def loss(params, extra, batch, keys, position, total, gather=None):
+        keys = _split(keys, ("noise", "timestep"))
+        u, weight = model.timesteps.draw(extra, keys["timestep"], position, total)
+        x, eps = batch["image"].astype(jnp.float32), _normal(keys["noise"], model.shape)
+        terms = clip_terms(model, params, x, batch["text"], model.schedule(u), eps, position=position, gather=gather)
+        return terms["loss"] * weight, _by_quarter(terms, u), (u, terms["loss"])
+
+    return Objective(
+        init=lambda key: init_params(model, key),
+        init_extra=model.timesteps.init,
+        loss=loss,
+        update_extra=lambda extra, feedback: model.timesteps.update(extra, *feedback),
+    )
+
+
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
-def sample_fn(stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = False) -> Callable[..., Array]:
+def sample_fn(
+    stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = False, strength: float = 1.0
+) -> Callable[..., Array]:
     """The pure sampler of a list of stages, ready for `jax.jit` and `jax.export`.
 
     Args:
       stages: in order; each one's picture is the next one's `low_res`.
       keep: also return this many estimates of x on the way of the last stage (see `samplers.sample`).
       every_stage: return what every stage made, {stage: pictures}, in place of the last one's.
+      strength: how much of the first stage's chain is walked, in (0, 1]; below 1 from a noised `picture` and not from
+        noise alone (SDEdit, Meng et al. 2022; GLIDE, section 5).
 
     Returns:
-      (params {section: params}, keys [B], *, guidance=None, level=None, **cond) -> [B, H, W, C] float32, in [-1, 1] if
-      guidance clips. `guidance` is {stage: scale} and `level` {stage: noise level u of its smaller picture}, scalars
-      or [B]; stages that they do not name take their own. A first stage that takes `low_res` [B, h, w, C] makes
-      pictures of `factor` times its size. Picture i depends on keys[i] and the i-th conditions, scale and level only.
+      (params {section: params}, keys [B], *, guidance=None, level=None, picture=None, known=None, **cond) ->
+      [B, H, W, C] float32, in [-1, 1] if guidance clips. `guidance` is {stage: scale} and `level` {stage: noise level u
+      of its smaller picture}, scalars or [B]; stages that they do not name take their own. A first stage that takes
+      `low_res` [B, h, w, C] makes pictures of `factor` times its size. `picture` [B, H, W, C], of the last stage's
+      size, is what is edited: with `known` [B, H, W, 1] its pixels stay where that is 1, by the inpainting channels of
+      stages that have them and by replacement in the others. Picture i depends on keys[i] and the i-th conditions,
+      scale and level only.
     """
 
     def sample(
@@ -452,6 +617,8 @@ def sample_fn(stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = Fal
         *,
         guidance: Mapping[str, Array] | None = None,
         level: Mapping[str, Array] | None = None,
+        picture: Array | None = None,
+        known: Array | None = None,
         **cond: Array,
     ) -> Array:
         made, reached = {}, None
@@ -470,20 +637,58 @@ def sample_fn(stages: Sequence[Stage], *, keep: int = 0, every_stage: bool = Fal
                 steps = schedules.until(steps, stop)
                 reached = jax.tree.map(lambda a: a[-1], steps.s)
             noise = samplers.picture_noise(stage_keys, shape)
+            z, sampler, here = stage.temperature * noise(jnp.int32(-1)), stage.sampler, None  # nor has this
+            if picture is not None:
+                factor = stages[-1].shape[0] // stage.shape[0]
+                here = conditioning.shrink_known(
+                    picture, jnp.zeros_like(picture[..., :1]) if known is None else known, factor
+                )
+            if "inpaint" in stage.takes:
+                nothing = jnp.zeros((*z.shape[:3], z.shape[3] + 1))
+                given["inpaint"] = nothing if known is None else conditioning.masked(*here)
+            elif known is not None:
+                sampler = samplers.keep_known(sampler, *here)
+            if number == 0 and strength < 1:
+                steps = schedules.last(steps, strength)
+                z = diffuse(here[0], jax.tree.map(lambda a: jnp.broadcast_to(a[0], keys.shape), steps.t), z)
             last = stage is stages[-1]
+            guided, given = _encode_text(stage, params, given)
             out = samplers.sample(
-                guided_denoiser(stage, params, (guidance or {}).get(stage.name, stage.scale)),
-                noise(jnp.int32(-1)),  # nor has this
+                guided_denoiser(guided, params, (guidance or {}).get(stage.name, stage.scale)),
+                z,
                 noise,
                 steps,
-                stage.sampler,
+                sampler,
                 keep=keep if last else 0,
                 **given,
             )
-            made[stage.name] = cond["low_res"] = out[0] if keep and last else out
-        return made if every_stage else out
+            out, kept = out if keep and last else (out, None)
+            if known is not None and reached is None:
+                out = jnp.where(here[1] > 0, here[0], out)
+            made[stage.name] = cond["low_res"] = out
+        return made if every_stage else out if kept is None else (out, kept)
 
     return sample
+
+
+def _encode_text(stage: Stage, params: Mapping[str, Params], cond: dict[str, Array]) -> tuple[Stage, dict[str, Any]]:
+    """Reads the text, and the empty text, before the steps: it depends on none of them (GLIDE, section 3.1)."""
+    if isinstance(stage.guide, Clip):
+        own, net = params[stage.guide.name], stage.guide.net
+        words, _ = net.apply({"params": own}, cond["clip_text"], method="encode_text")
+        cond = {**cond, "clip_text": words}
+    if "text" not in stage.takes:
+        return stage, cond
+
+    def encode(text: Array):
+        z = jnp.zeros((len(text), *stage.shape))
+        apply = stage.net.apply
+        return apply({"params": params[stage.name]}, {"text": text}, z, method="encode_conditions")["text"]
+
+    if "text" in stage.null:
+        nothing = jax.tree.map(lambda a: a[0], encode(jnp.full_like(cond["text"][:1], stage.null["text"])))
+        stage = dataclasses.replace(stage, null={**stage.null, "text": nothing})
+    return stage, {**cond, "text": encode(cond["text"])}
 
 
 def _fold_in(keys: Array, number: int) -> Array:
@@ -519,6 +724,8 @@ def bits_per_dim_fn(stage: Stage) -> Callable[..., losses.BitsPerDim]:
                 stage.schedule(jnp.full(keys.shape, c.level)),
             )
             cond |= _as_sampled(low_res, stage, level, _fold_in(keys, -2))
+        if "inpaint" in stage.takes:
+            cond["inpaint"] = jnp.zeros((*image.shape[:3], image.shape[3] + 1))
         return losses.bits_per_dim(denoise, image, noise, stage.sampling, **cond)
 
     return evaluate

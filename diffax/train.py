@@ -32,6 +32,8 @@ MAY_DIFFER = (
     "train.sample_every",
     "train.keep",
     "train.max_nonfinite",
+    "train.start_from",
+    "text.vocab",
     "data.data_dir",
     "data.path",
     "data.max_bad",
@@ -94,7 +96,8 @@ def learning_rate(c: Mapping) -> optax.Schedule:
 def optimizer(c: Mapping) -> optax.GradientTransformation:
     """Adam or AdamW as the `train` section says, after clipping by the global norm (0: no clipping)."""
     decay = c["weight_decay"] if c["optimizer"] == "adamw" else 0.0
-    adam = optax.adamw(learning_rate(c), b1=c["b1"], b2=c["b2"], eps=c["eps"], weight_decay=decay)
+    kernels = (lambda params: jax.tree.map(lambda a: a.ndim > 1, params)) if c["decay"] == "kernels" else None
+    adam = optax.adamw(learning_rate(c), b1=c["b1"], b2=c["b2"], eps=c["eps"], weight_decay=decay, mask=kernels)
     return optax.chain(optax.clip_by_global_norm(c["clip"]), adam) if c["clip"] else adam
 
 
@@ -149,8 +152,10 @@ def train_step(
     key = jax.random.fold_in(state.rng, state.step)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(position)
 
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True) if axis_name else None
+
     def loss_fn(params, batch, keys, position):
-        loss, metrics, feedback = objective.loss(params, state.extra, batch, keys, position, n * shards)
+        loss, metrics, feedback = objective.loss(params, state.extra, batch, keys, position, n * shards, gather)
         return jnp.mean(loss), (metrics, feedback)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -240,6 +245,16 @@ class Run:
         """The state before the first step, on the devices."""
         return parallel.create(self.where, self._init)
 
+    def adopt(self, state: TrainState, params: Params) -> TrainState:
+        """A fresh state with other parameters, and averages that start there."""
+        shapes = jax.tree.map(lambda a: a.dtype, params), jax.tree.map(lambda a: a.dtype, state.params)
+        if jax.tree.structure(shapes[0]) != jax.tree.structure(shapes[1]):
+            raise UserError(
+                "the parameters to start from are of another network; train.start_from; use its net options"
+            )
+        placed = parallel.place(params, state.params)
+        return state.replace(params=placed, ema={k: jax.tree.map(jnp.copy, placed) for k in state.ema})
+
     def save(self, checkpoints: checkpoint.Checkpoints, state: TrainState, step: int) -> None:
         """Saves in the background; averages are an item of their own, so that samplers read only those."""
         meta = {"stage": self.section, "seed": self.seed}
@@ -312,6 +327,7 @@ def fit(
     *,
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
     draw: Callable[[Params, int], None] | None = None,
+    start_from: Callable[[], Params] | None = None,
     tensorboard: bool = False,
     curve: tuple[str, ...] = ("loss",),
 ) -> Params:
@@ -322,6 +338,7 @@ def fit(
       workdir: the stage's own folder: checkpoints/, metrics.jsonl, loss.png.
       batches: first step -> this process's batches from there on.
       draw: (averaged parameters on the host, step) -> None, called every `sample_every` steps and at the end.
+      start_from: () -> the parameters that a new run starts from; by default the objective's own.
       tensorboard: also write TensorBoard events.
       curve: metrics to draw into loss.png.
 
@@ -347,7 +364,7 @@ def fit(
         for unfinished in checkpoints.removed_unfinished:
             report.note(f"{workdir.name}: removed the unfinished save of step {unfinished}")
         if state is None:
-            state = run.create()
+            state = run.create() if start_from is None else run.adopt(run.create(), start_from())
             report.note(f"{workdir.name}: {count_parameters(state.params):,} parameters, {describe(run)}")
         elif start < c["steps"]:
             report.note(f"{workdir.name}: resuming from step {start:,}")

@@ -58,7 +58,7 @@ def test_bad_arguments(model):
     stage, params = model
     picture = jnp.zeros(stage.shape)
     for depth in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="depth must be"):
+        with pytest.raises(ValueError, match="share of the steps must be"):
             editing.interpolate(stage, params, picture, picture, jax.random.key(0), weights=jnp.zeros(1), depth=depth)
     with pytest.raises(ValueError, match="stage's shape"):
         editing.interpolate(stage, params, picture[1:], picture, jax.random.key(0), weights=jnp.zeros(1), depth=0.5)

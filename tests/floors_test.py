@@ -16,6 +16,7 @@ FLOORS = {
     "guidance": 2.0,
     "timesteps": 2.0,
     "conditioning": 2.0,
+    "codes": 2.0,
     "samplers": 2.1,
     "losses": 2.2,
     "stages": 3.0,
@@ -23,6 +24,7 @@ FLOORS = {
     "train": 4.0,
     "pipeline": 4.0,
     "judges": 4.1,
+    "compare": 4.1,
     "evaluate": 4.2,
     "editing": 4.1,
     "main": 5,
@@ -31,12 +33,13 @@ FLOORS = {
 # Each alone with its outside world: what it may import of diffax; floors from 3 up may import it.
 LEAVES = {
     "errors": set(),
-    "config": {"errors", "schedules"},  # to check steps and betas before anything is built
+    "config": {"errors", "schedules", "tokenizer"},  # to check steps, betas and ids before anything is built
     "checkpoint": {"errors"},
     "images": {"errors"},
     "reporting": {"errors"},
     "parallel": {"errors"},
     "data": {"errors"},
+    "tokenizer": {"errors"},
     "metrics": set(),
 }
 NOWHERE = {"tensorflow", "torch", "jaxtyping", "clu", "dill", "cloudpickle"}
@@ -50,12 +53,14 @@ ONLY_IN = {
     "safetensors": {"convert"},
     "huggingface_hub": {"convert"},
     "optax": {"train"},
+    "ftfy": {"tokenizer"},
     "ml_collections": {"config", "main"},
     "matplotlib": {"images"},
 }
 # Modules that may import nothing else but the standard library and diffax.
 NARROW = {
     "errors": set(),
+    "tokenizer": {"numpy", "ftfy"},
     "config": {"ml_collections", "numpy"},
     "models": {"jax", "flax", "chex", "numpy"},
     "schedules": {"jax", "flax", "chex", "numpy"},

@@ -67,16 +67,18 @@ def test_grid_holds_every_tile_in_order(channels, count, columns, rows):
 def test_grid_labels_lie_under_their_tiles():
     tiles = np.zeros((3, 64, 64, 3), np.uint8)
     plain = images.grid(tiles, 2)
-    labelled = images.grid(tiles, 2, ["seven", None, "a label that is far too long for its tile"])
+    labelled = images.grid(tiles, 2, ["seven", None, "a label that is too long for its tile"])
     assert labelled.shape[1] == plain.shape[1]
     text = (labelled.shape[0] - plain.shape[0]) // 2
-    assert 8 <= text <= 20
+    line = (images.grid(tiles, 2, ["seven", None, None]).shape[0] - plain.shape[0]) // 2
+    assert 8 <= line <= 20 and 2 * line <= text <= 6 * line and text % line == 0
     strips = [
         labelled[66 : 66 + text, 2:66],
         labelled[66 : 66 + text, 68:132],
         labelled[66 + text + 66 : 66 + text + 66 + text, 2:66],
     ]
-    assert (strips[0] < 128).any() and (strips[1] == 255).all() and (strips[2] < 128).any()
+    assert (strips[0][:line] < 128).any() and (strips[0][line:] == 255).all() and (strips[1] == 255).all()
+    assert (strips[2][:line] < 128).any() and (strips[2][-line:] < 128).any()
     assert (labelled[132 + text :, 68:] == 255).all()
     np.testing.assert_array_equal(images.grid(tiles, 2, [None] * 3), plain)
 

@@ -102,7 +102,7 @@ class TestSampleFn:
             ({"label": []}, "nothing to sample"),
             ({"label": 1, "n": 0}, "nothing to sample"),
             ({"label": [1, 2], "n": 3}, "2 values of label for 3 pictures"),
-            ({"label": 1, "prompt": "a"}, "condition 'prompt' is not taken"),
+            ({"label": 1, "prompt": "a"}, "this model reads no text"),
             ({"label": 1, "steps": 0}, "cannot keep 0"),
             ({"label": 1, "steps": 41}, "cannot keep 41"),
             ({"label": 1, "steps": "many"}, "steps must be"),

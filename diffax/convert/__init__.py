@@ -1,7 +1,25 @@
-"""Published PyTorch weights <-> Flax parameters (floor 3)."""
+"""Published PyTorch weights <-> Flax parameters (floor 3); as a command, `python -m diffax.convert`."""
 
 from diffax.convert import diffusers, glide, openai
 from diffax.convert.architecture import Architecture
+from diffax.convert.published import PUBLISHED, export, is_weights, load, match, recognise, save
 from diffax.convert.table import Entry, Layout, Table, to_flax, to_torch
 
-__all__ = ["Architecture", "Entry", "Layout", "Table", "diffusers", "glide", "openai", "to_flax", "to_torch"]
+__all__ = [
+    "PUBLISHED",
+    "Architecture",
+    "Entry",
+    "Layout",
+    "Table",
+    "diffusers",
+    "export",
+    "glide",
+    "is_weights",
+    "load",
+    "match",
+    "openai",
+    "recognise",
+    "save",
+    "to_flax",
+    "to_torch",
+]

@@ -66,6 +66,9 @@ def table(network: nn.Module, shape: Sequence[int], *, attention_order: str = "l
     Raises:
       ValueError: an unknown attention_order, or a network that OpenAI's classes cannot express.
     """
+    for name, _ in getattr(network, "conditioners", ()):
+        if name not in ("label", "low_res"):
+            raise ValueError(f"OpenAI's networks have no names for the condition {name!r}")
     shapes = param_shapes(network, *example_inputs(network, shape))
     return make_table(shapes, renaming(network, shapes, attention_order))
 

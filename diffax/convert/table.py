@@ -89,8 +89,27 @@ def to_flax(state_dict: Mapping[str, Any], table: Table) -> dict:
     Raises:
       ValueError: arrays are missing, unexpected or of another shape; all three are listed.
     """
-    want = {key: shape for entry in table for key, shape in zip(entry.keys, entry.shapes, strict=True)}
-    have = {key: tuple(np.shape(value)) for key, value in state_dict.items()}
+    complaint = misfit({key: np.shape(value) for key, value in state_dict.items()}, table)
+    if complaint:
+        raise ValueError(
+            f"the weights do not fit this network; {complaint}; give the options that the weights were trained with"
+        )
+    flat = {}
+    for entry in table:
+        # one array at a time: those of a file are read here
+        arrays = [np.asarray(state_dict[key]).astype(np.float32, copy=False) for key in entry.keys]
+        flat[entry.path] = np.asarray(entry.layout.to_flax(*arrays), order="C")
+    return traverse_util.unflatten_dict(flat)
+
+
+def torch_shapes(table: Table) -> dict[str, tuple[int, ...]]:
+    """{PyTorch name: shape} of the arrays that a table reads."""
+    return {key: shape for entry in table for key, shape in zip(entry.keys, entry.shapes, strict=True)}
+
+
+def misfit(shapes: Mapping[str, tuple[int, ...]], table: Table) -> str:
+    """What keeps arrays of these names and shapes from being those of a table, in words; '' if nothing does."""
+    want, have = torch_shapes(table), {key: tuple(shape) for key, shape in shapes.items()}
     complaints = [
         _list("missing", [key for key in want if key not in have]),
         _list("unexpected", [key for key in have if key not in want]),
@@ -99,17 +118,7 @@ def to_flax(state_dict: Mapping[str, Any], table: Table) -> dict:
             [f"{key} is {have[key]}, not {want[key]}" for key in want if key in have and have[key] != want[key]],
         ),
     ]
-    if any(complaints):
-        raise ValueError(
-            "the weights do not fit this network; "
-            + "; ".join(filter(None, complaints))
-            + "; give the options that the weights were trained with"
-        )
-    flat = {}
-    for entry in table:
-        arrays = [np.asarray(state_dict[key]).astype(np.float32) for key in entry.keys]
-        flat[entry.path] = np.ascontiguousarray(entry.layout.to_flax(*arrays))
-    return traverse_util.unflatten_dict(flat)
+    return "; ".join(filter(None, complaints))
 
 
 def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:
@@ -141,7 +150,7 @@ def to_torch(params: Mapping, table: Table) -> dict[str, np.ndarray]:
     state_dict = {}
     for entry in table:
         arrays = entry.layout.to_torch(np.asarray(flat[entry.path]))
-        state_dict.update(zip(entry.keys, map(np.ascontiguousarray, arrays), strict=True))
+        state_dict.update(zip(entry.keys, (np.asarray(a, order="C") for a in arrays), strict=True))
     return state_dict
 
 

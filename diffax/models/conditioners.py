@@ -9,10 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffax.models.layers import Style, dense, sinusoid
+from diffax.models.layers import Style, choose, dense, sinusoid
 from diffax.models.unet import Context
 
 Array = jax.Array
+# ways to enlarge the smaller picture, and the arguments of `jax.image.resize`
+RESIZES = {
+    "bilinear": dict(method="bilinear", antialias=False),
+    "bicubic": dict(method="cubic", antialias=True),
+}
 
 
 class Label(nn.Module):
@@ -48,15 +53,21 @@ class Label(nn.Module):
 
 
 class LowRes(nn.Module):
-    """A smaller picture, resized to the size of z and concatenated to it (Improved DDPM, ADM)."""
+    """A smaller picture, resized to the size of z and concatenated to it (Improved DDPM, ADM).
+
+    Attributes:
+      resize: 'bilinear', or 'bicubic' (karlo's upsampler; Keys' kernel with a = -1/2). Pixels have half-pixel centres.
+    """
+
+    resize: str = "bilinear"
 
     null = None  # never withheld
 
     def __call__(self, low_res: Array, z: Array) -> Context:
-        """low_res: [B, h, w, K] of any size, in [-1, 1]; bilinear, half-pixel centres."""
+        """low_res: [B, h, w, K] of any size, in [-1, 1]."""
         shape = (*z.shape[:3], low_res.shape[-1])
-        low_res = low_res.astype(jnp.float32)
-        return Context(planes=jax.image.resize(low_res, shape, "bilinear", antialias=False))
+        options = choose(RESIZES, self.resize, "resize")
+        return Context(planes=jax.image.resize(low_res.astype(jnp.float32), shape, **options))
 
     def example(self, z: Array) -> Array:
         batch, height, width, channels = z.shape

@@ -18,9 +18,11 @@ Array = jax.Array
 
 KERNEL_INITS = {
     # torch.nn.Conv2d / Linear: uniform in +-1/sqrt(fan_in)
-    "torch": ("fan_in", 1 / 3),
+    "torch": ("fan_in", 1 / 3, "uniform"),
     # Ho et al. 2020, released code: Glorot uniform
-    "ho": ("fan_avg", 1.0),
+    "ho": ("fan_avg", 1.0, "uniform"),
+    # CLIP's text encoder (Radford et al. 2021, released code)
+    "clip": ("fan_in", 1.0, "normal"),
 }
 # the waves in their order, and how many fewer steps than waves from period 2 pi to the longest
 SINUSOIDS = {"openai": ((jnp.cos, jnp.sin), 0), "ho": ((jnp.sin, jnp.cos), 1)}
@@ -50,12 +52,12 @@ def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
-def kernel_init(style: Style, *, zero: bool = False, **axes) -> Callable:
-    """The initialiser of a kernel; `axes` are those of `variance_scaling`."""
-    mode, scale = choose(KERNEL_INITS, style.kernel_init, "kernel_init")
+def kernel_init(style: Style, *, zero: bool = False, gain: float = 1.0, **axes) -> Callable:
+    """The initialiser of a kernel; `gain` multiplies its variance, `axes` are those of `variance_scaling`."""
+    mode, scale, distribution = choose(KERNEL_INITS, style.kernel_init, "kernel_init")
     if zero:
         return nn.initializers.zeros
-    return nn.initializers.variance_scaling(scale, mode, "uniform", **axes)
+    return nn.initializers.variance_scaling(gain * scale, mode, distribution, **axes)
 
 
 def conv(
@@ -73,9 +75,9 @@ def conv(
     )
 
 
-def dense(style: Style, features: int, *, zero: bool = False, name: str) -> nn.Dense:
+def dense(style: Style, features: int, *, zero: bool = False, gain: float = 1.0, name: str) -> nn.Dense:
     """A linear layer on the last axis."""
-    return nn.Dense(features, dtype=style.dtype, kernel_init=kernel_init(style, zero=zero), name=name)
+    return nn.Dense(features, dtype=style.dtype, kernel_init=kernel_init(style, zero=zero, gain=gain), name=name)
 
 
 def sinusoid(time: Array, width: int, kind: str = "openai", max_period: float = 10_000.0) -> Array:
@@ -198,16 +200,35 @@ class SelfAttention(nn.Module):
     The tokens may attend to a second sequence too, whose keys and values come first and have a kernel of their own,
     `encoder_kv` (GLIDE, section 3.1). A kernel is stored as [C, (q, k, v), heads, D]; the orders of the published
     checkpoints are the business of `diffax.convert`.
+
+    Where the collection 'cache' is mutable, all keys and values are kept there, and a later call may bring one token
+    more: so a sequence is made token by token without reading it again from the start.
     """
 
     style: Style
     heads: int
     features: int
     zero: bool = False
+    gain: float = 1.0  # of the variance of the last layer's kernel
 
     @nn.compact
-    def __call__(self, x: Array, sequence: Array | None = None, mask: Array | None = None) -> Array:
-        """x: [B, T, C], sequence: [B, S, E] or None, mask: see `attend`, over S + T keys. Returns [B, T, features]."""
+    def __call__(
+        self, x: Array, sequence: Array | None = None, mask: Array | None = None, at: Array | None = None
+    ) -> Array:
+        """Mixes the tokens.
+
+        Args:
+          x: [B, T, C].
+          sequence: [B, S, E], or None.
+          mask: see `attend`, over S + T keys; None: all are seen.
+          at: the place of the first of x among the keys that are cached; None: x is all there is.
+
+        Returns:
+          [B, T, features].
+
+        Raises:
+          ValueError: the heads do not divide C.
+        """
         batch, tokens, channels = x.shape
         if channels % self.heads:
             raise ValueError(
@@ -225,8 +246,16 @@ class SelfAttention(nn.Module):
         if sequence is not None:
             first_k, first_v = project(sequence, 2, "encoder_kv")
             k, v = jnp.concatenate([first_k, k], 2), jnp.concatenate([first_v, v], 2)
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            k, v = self._remember("k", k, at), self._remember("v", v, at)
         mixed = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
-        return dense(self.style, self.features, zero=self.zero, name="proj")(mixed)
+        return dense(self.style, self.features, zero=self.zero, gain=self.gain, name="proj")(mixed)
+
+    def _remember(self, name: str, value: Array, at: Array | None) -> Array:
+        """All keys (or values) so far, [B, heads, S, D], with `value` put in at place `at`."""
+        cache = self.variable("cache", name, lambda: value)
+        cache.value = value if at is None else jax.lax.dynamic_update_slice_in_dim(cache.value, value, at, axis=2)
+        return cache.value
 
 
 class AttentionBlock(nn.Module):
@@ -236,11 +265,23 @@ class AttentionBlock(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, sequence: Array | None = None) -> Array:
-        """x: [B, H, W, C], sequence: [B, S, E] or None. Returns [B, H, W, C]."""
+    def __call__(self, x: Array, sequence: Array | None = None, mask: Array | None = None) -> Array:
+        """Mixes the pixels.
+
+        Args:
+          x: [B, H, W, C].
+          sequence: [B, S, E], or None.
+          mask: [B, S] bool, which places of the sequence are seen; None: all.
+
+        Returns:
+          [B, H, W, C].
+        """
         batch, height, width, channels = x.shape
         h = GroupNorm(self.style, name="norm")(x).reshape(batch, height * width, channels)
-        h = SelfAttention(self.style, self.heads, channels, zero=True, name="attention")(h, sequence)
+        if mask is not None:
+            pixels = jnp.ones((batch, height * width), bool)
+            mask = jnp.concatenate([mask, pixels], 1)[:, None]
+        h = SelfAttention(self.style, self.heads, channels, zero=True, name="attention")(h, sequence, mask)
         return x + h.reshape(x.shape)
 
 
@@ -258,22 +299,33 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm layer (Radford et al. 2019, section 2.3).
 
-    `activation` is a key of `ACTIVATIONS`.
+    Attributes:
+      style: see `Style`.
+      heads: attention heads.
+      activation: key of `ACTIVATIONS`.
+      hidden: width of the MLP's hidden layer; 0: four times that of the tokens.
+      gains: factors of the kernels' first variance: attention's last layer, and the MLP's two.
     """
 
     style: Style
     heads: int
     activation: str = "gelu"
+    hidden: int = 0
+    gains: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x: [B, T, C], mask: see `attend`. Returns [B, T, C]."""
-        channels = x.shape[-1]
+    def __call__(
+        self, x: Array, mask: Array | None = None, sequence: Array | None = None, at: Array | None = None
+    ) -> Array:
+        """x: [B, T, C], the rest as in `SelfAttention`. Returns [B, T, C]."""
+        channels, (mixing, hidden, out) = x.shape[-1], self.gains
         h = layer_norm(self.style, name="norm1")(x)
-        x = x + SelfAttention(self.style, self.heads, channels, name="attention")(h, mask=mask)
-        h = dense(self.style, 4 * channels, name="mlp_0")(layer_norm(self.style, name="norm2")(x))
+        attention = SelfAttention(self.style, self.heads, channels, gain=mixing, name="attention")
+        x = x + attention(h, sequence, mask, at)
+        h = layer_norm(self.style, name="norm2")(x)
+        h = dense(self.style, self.hidden or 4 * channels, gain=hidden, name="mlp_0")(h)
         h = choose(ACTIVATIONS, self.activation, "activation")(h)
-        return x + dense(self.style, channels, name="mlp_1")(h)
+        return x + dense(self.style, channels, gain=out, name="mlp_1")(h)
 
 
 def causal(length: int) -> Array:

@@ -39,11 +39,13 @@ class Context(NamedTuple):
       vector: [B, 4 * channels], added to the embedded clock; or None.
       sequence: [B, S, D], attended to by every attention block (text); or None.
       planes: [B, H, W, K], concatenated to z after its channels; or None.
+      mask: [B, S] bool, which places of the sequence there are; None: all.
     """
 
     vector: Array | None = None
     sequence: Array | None = None
     planes: Array | None = None
+    mask: Array | None = None
 
 
 class Encoder(nn.Module):
@@ -101,7 +103,7 @@ class Encoder(nn.Module):
         return block(self.style, width, self.dropout, self.scale_shift, resample, name=name)
 
     def attention_block(self, width: int, heads: int, name: str):
-        """A function (x, sequence) -> x."""
+        """A function (x, sequence, mask) -> x."""
         remat = nn.remat(AttentionBlock)
         block = choose({"none": AttentionBlock, "blocks": remat}, self.remat, "remat")
         return block(self.style, self.num_heads(width, heads), name=name)
@@ -117,7 +119,12 @@ class Encoder(nn.Module):
         return dense(style, 4 * self.channels, name="time_1")(nn.silu(h))
 
     def encode(
-        self, x: Array, vector: Array, keys: Array | None, sequence: Array | None = None
+        self,
+        x: Array,
+        vector: Array,
+        keys: Array | None,
+        sequence: Array | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, list[Array]]:
         """Returns the middle's output and the activations on the way down, first to last."""
         h = conv(self.style, self.widths[0], name="conv_in")(x.astype(self.dtype))
@@ -126,7 +133,7 @@ class Encoder(nn.Module):
             for i in range(self.num_res_blocks):
                 h = self.res_block(width, f"down_{level}_block_{i}")(h, vector, keys)
                 if 2**level in self.attention:
-                    h = self.attention_block(width, self.heads, f"down_{level}_attention_{i}")(h, sequence)
+                    h = self.attention_block(width, self.heads, f"down_{level}_attention_{i}")(h, sequence, mask)
                 skips.append(h)
             if level < len(self.widths) - 1:
                 name = f"down_{level}_downsample"
@@ -139,7 +146,7 @@ class Encoder(nn.Module):
                 skips.append(h)
         h = self.res_block(width, "mid_block_0")(h, vector, keys)
         if self.mid_attention:
-            h = self.attention_block(width, self.heads, "mid_attention")(h, sequence)
+            h = self.attention_block(width, self.heads, "mid_attention")(h, sequence, mask)
         return self.res_block(width, "mid_block_1")(h, vector, keys), skips
 
 
@@ -185,7 +192,7 @@ class UNet(Encoder):
         if context.planes is not None:
             z = jnp.concatenate([z, context.planes.astype(z.dtype)], -1)
 
-        h, skips = self.encode(z, vector, dropout_keys, context.sequence)
+        h, skips = self.encode(z, vector, dropout_keys, context.sequence, context.mask)
         attention = self.attention if self.attention_up is None else self.attention_up
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.num_res_blocks + 1):
@@ -193,7 +200,8 @@ class UNet(Encoder):
                 h = self.res_block(width, f"up_{level}_block_{i}")(h, vector, dropout_keys)
                 if 2**level in attention:
                     name = f"up_{level}_attention_{i}"
-                    h = self.attention_block(width, self.heads_up or self.heads, name)(h, context.sequence)
+                    block = self.attention_block(width, self.heads_up or self.heads, name)
+                    h = block(h, context.sequence, context.mask)
             if level:
                 name = f"up_{level}_upsample"
                 if self.resample == "biggan":

@@ -1,0 +1,81 @@
+"""The command: `python -m diffax.convert 64x64_diffusion.pt runs/adm_64`."""
+
+import argparse
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+import absl.logging
+
+from diffax.convert import published
+from diffax.errors import RunError, UserError
+
+DESCRIPTION = "Published weights to a workdir that diffax samples from, and a trained workdir back to PyTorch's names."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; command line; see --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = _Parser(prog="python -m diffax.convert", description=DESCRIPTION, allow_abbrev=False)
+    p.add_argument(
+        "source", nargs="?", help="a .pt, .pth or .safetensors file or a diffusers folder; or a workdir to be exported"
+    )
+    p.add_argument("target", nargs="?", metavar="workdir", help="the workdir to write; or the .safetensors file")
+    p.add_argument("--model", help="the config or published file that it is (default: told from names and shapes)")
+    p.add_argument("--to", choices=("diffax", "safetensors"), default="diffax", help="what to write (default diffax)")
+    p.add_argument("--stage", help="--to=safetensors: the stage, where there are several")
+    p.add_argument("--ema", help="which of several state dicts in a file; --to=safetensors: which average, as 0.9999")
+    p.add_argument(
+        "--attention_order",
+        default="",
+        choices=("legacy", "new"),
+        help="of OpenAI's networks that were not published: new if trained with use_new_attention_order",
+    )
+    p.add_argument("--list", action="store_true", help="show every published file that is known")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return p
+
+
+def list_text() -> str:
+    """A line for each published file: name, number of parameters, config, and where it lies."""
+    rows = [("file", "parameters", "config", "section", "from")]
+    for row in published.PUBLISHED:
+        rows.append((row.file, f"{row.parameters:,}", row.config or "-", row.section, row.place))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 1 (failed) or 2 (bad input)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells of every save
+    try:
+        args = parser().parse_args(argv)
+        if args.list:
+            print(list_text())
+        elif args.source is None or args.target is None:
+            raise UserError("a source and a workdir are needed; command line; see --help")
+        elif args.to == "safetensors":
+            step = published.export(
+                args.source, args.target, stage=args.stage, decay=args.ema, attention_order=args.attention_order
+            )
+            print(f"step {step}: {args.target}")
+        else:
+            found = published.match(args.source, model=args.model, which=args.ema, attention_order=args.attention_order)
+            config = published.save(found, args.target)
+            print(f"{found.section} of {config['name']}: {pathlib.Path(args.target) / found.section}")
+        return 0
+    except (UserError, RunError) as error:
+        if "--debug" in argv:
+            traceback.print_exception(error)
+        print("diffax: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,486 @@
+"""Published files: recognised, read to the golden outputs, converted to a workdir, and written back."""
+
+import functools
+import json
+import os
+import pathlib
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from diffax import config as configs
+from diffax import convert, main, models, pipeline, stages
+from diffax.convert import __main__ as command
+from diffax.convert import diffusers, glide, openai, published, weights
+from diffax.convert.table import torch_shapes
+from diffax.errors import UserError
+from tests.parity import golden
+from tests.parity.models import RUNNERS
+from tests.torch_files import state_dict
+
+FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
+MANIFEST = FOLDER / "manifest_full_size.json"
+CLASSES = ("UNetModel", "SuperResModel", "EncoderUNetModel", "UNet2DModel", *glide.MODELS)
+MODELS = {
+    name: entry
+    for name, entry in (json.loads(MANIFEST.read_text())["models"] if MANIFEST.exists() else {}).items()
+    if entry["class"] in CLASSES
+}
+needs_manifest = pytest.mark.skipif(not MODELS, reason="no manifest_full_size.json in the golden folder")
+
+
+def row_of(name):
+    """The published file of an entry of the manifest."""
+    repository, _, model = name.partition("/")
+    for row in convert.PUBLISHED:
+        if row.place == name or (repository != "google" and row.name == model.replace("-", "_")):
+            return row
+    raise KeyError(name)
+
+
+def blanks(shapes):
+    """{name: array} of given shapes that take no memory."""
+    return {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+
+
+def neutral(network):
+    """The fields of a network, without what may differ for the same parameters and outputs."""
+    inner = network if isinstance(network, models.Classifier) else network.unet
+    inner = inner.clone(dropout=0.0, remat="none", heads=0 if inner.head_channels else inner.heads)
+    if isinstance(inner, models.UNet):
+        inner = inner.clone(attention_up=inner.attention_up or inner.attention)
+    return repr(inner), repr(getattr(network, "conditioners", ()))
+
+
+# ---- recognised ------------------------------------------------------------------------------------------------------
+
+
+@needs_manifest
+@pytest.mark.parametrize("name", MODELS)
+def test_the_config_of_a_published_file_builds_the_network_of_its_program(name):
+    """With `test_keys_shapes_and_count_of_a_published_model` this says that each file is recognised."""
+    entry, row = MODELS[name], row_of(name)
+    size = entry["args"].get("large_size") or entry["args"].get("image_size")
+    if entry["class"] == "UNet2DModel":
+        want = diffusers.net_config(entry["constructor"])
+        assert row.options == {"flip_sin_to_cos": entry["constructor"]["flip_sin_to_cos"]}
+    elif entry["class"] in glide.MODELS:
+        want = glide.net_config(entry["constructor"], model=entry["class"], image_size=size)
+    else:
+        want = openai.net_config(entry["constructor"], model=entry["class"], image_size=size)
+        assert row.options.get("attention_order", "legacy") == want.attention_order
+    network, shape = published.network(row)
+    assert shape == want.shape
+    assert neutral(network) == neutral(want.build())
+    assert row.parameters == entry["num_parameters"]
+
+
+@needs_manifest
+@pytest.mark.parametrize(
+    "name",
+    [
+        "guided-diffusion/64x64_diffusion",
+        "guided-diffusion/128x128_classifier",
+        "improved-diffusion/cifar10_uncond_vlb_50M_500K",
+        "glide/base",
+        "google/ddpm-cifar10-32",
+    ],
+)
+def test_a_published_file_is_recognised_from_names_and_shapes(name):
+    entry, row = MODELS[name], row_of(name)
+    shapes = entry.get("state_dict") or MODELS[entry["same_state_dict_as"]]["state_dict"]
+    found, table = convert.recognise(blanks(shapes), row.name)
+    assert found == row
+    assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}  # none missing and none left
+
+
+@needs_manifest
+def test_arrays_that_are_not_told_apart_or_not_known():
+    shapes = MODELS["improved-diffusion/cifar10_uncond_50M_500K"]["state_dict"]
+    with pytest.raises(UserError, match="any of iddpm_cifar10, iddpm_cifar10:vlb; pass --model=NAME of one"):
+        convert.recognise(blanks(shapes), "renamed")
+    first = next(iter(shapes))
+    with pytest.raises(UserError, match="446 arrays of 52,546,438 numbers are of no model"):
+        convert.recognise(blanks({**shapes, first: shapes[first][::-1]}), "cifar10_uncond_50M_500K")
+    with pytest.raises(UserError, match="445 arrays of .* numbers are of no model that was published; pass --model"):
+        convert.recognise(blanks({key: shape for key, shape in shapes.items() if key != first}))
+
+
+def test_published_files_are_told_by_their_names():
+    """Files of one number of parameters differ in name; every config and section is there."""
+    keys = [(row.parameters, row.place, row.name) for row in convert.PUBLISHED]
+    assert len(set(keys)) == len(keys)
+    for row in convert.PUBLISHED:
+        assert row.family in published.FAMILIES and bool(row.config) != bool(row.architecture)
+        if row.config:
+            config = configs.load(row.config)
+            assert row.section in configs.trained_sections(config)
+            assert config.name.startswith(row.config.replace(":", "_"))
+
+
+# ---- golden models ---------------------------------------------------------------------------------------------------
+
+CASES = [n for n in golden.case_names() if golden.load_case(n)[0]["kind"] in RUNNERS and n.startswith(tuple("bcdf"))]
+CASES = [n for n in CASES if golden.load_case(n)[0].get("state_dict") and n != "d_cfg"]
+
+
+def in_file(path, arrays):
+    """Arrays as they come out of a file of them."""
+    if path.suffix == ".pt":
+        path.write_bytes(state_dict(arrays))
+    else:
+        weights.write(path, arrays, {})
+    return weights.read(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("case", CASES)
+def test_golden_weights_in_a_file(case, suffix, tmp_path):
+    """Every number comes out as it went in, so the outputs are those of `tests/parity`."""
+    want = golden.parameters(golden.load_case(case)[0])
+    found = in_file(tmp_path / f"model{suffix}", want)
+    assert set(found) == set(want)
+    for key, array in want.items():
+        np.testing.assert_array_equal(np.asarray(found[key]), array, err_msg=key, strict=True)
+
+
+@pytest.mark.parametrize(
+    "case, suffix",
+    [
+        ("b_unet_ii_conv_resample", ".pt"),
+        ("b_encoder_attention", ".safetensors"),
+        ("d_text2im", ".pt"),
+    ],
+)
+def test_golden_outputs_from_a_file(case, suffix, tmp_path):
+    meta, inputs, outputs = golden.load_case(case)
+    found = in_file(tmp_path / f"model{suffix}", golden.parameters(meta))
+    got = RUNNERS[meta["kind"]](meta, inputs, found)
+    for key, want in outputs.items():
+        assert golden.deviation(got[key], want) <= golden.tolerance(meta, key), key
+
+
+# ---- to a workdir ----------------------------------------------------------------------------------------------------
+
+
+CONFIGS = {
+    "small_guided": """
+        from diffax.config import add_section, config_defaults, load
+
+        def get_config(variant=""):
+            config = config_defaults("small_guided")
+            stage = config.base
+            stage.shape, stage.takes, stage.num_classes = (8, 8, 1), ("label",), 5
+            stage.data.name = "digits"
+            stage.net.update(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention=(2,), heads=2, groups=4)
+            stage.variance, stage.loss.name, stage.steps = "learned_range", "hybrid", "2"
+            stage.train.update(steps=800, ema=(0.995,))
+            stage.guidance, stage.classifier = ("clip_denoised", "classifier"), "classifier"
+            add_section(config, "classifier", load("small_classifier").classifier)
+            config.stages = ("classifier", "base")
+            config.eval.guidance = (1.0, 2.0)
+            return config
+        """,
+    "small_classifier": """
+        from diffax.config import config_defaults
+
+        def get_config(variant=""):
+            config = config_defaults("small_classifier", stages=("classifier",))
+            section = config.classifier
+            section.shape, section.num_classes, section.data.name = (8, 8, 1), 5, "digits"
+            section.net.update(name="classifier", channels=8, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
+            section.net.update(groups=4)
+            section.train.update(steps=600, ema=())
+            return config
+        """,
+}
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    """A folder of configs, and the rows and tables of what they describe, as if it had been published."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.py").write_text("VARIANTS = {}\n" + textwrap.dedent(text))
+    rows, made = [], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "_folder", lambda: folder)
+        for config, section in (("small_guided", "base"), ("small_classifier", "classifier")):
+            row = published.Published(f"small_{section}.pt", "here", "openai", 0, config, section)
+            table = published.table(row)
+            shapes = torch_shapes(table)
+            rows.append(row._replace(parameters=weights.count(list(shapes.values()))))
+            rng = np.random.default_rng(0)
+            arrays = {key: np.float32(0.1) * rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+            (folder / row.file).write_bytes(state_dict(arrays))
+            made[section] = folder / row.file, convert.to_flax(arrays, table)
+    return folder, tuple(rows), made
+
+
+@pytest.fixture
+def small(small_files, monkeypatch):
+    """{section: (path of a .pt file, the parameters in it)}, and both are known."""
+    folder, rows, made = small_files
+    monkeypatch.setattr(configs, "_folder", lambda: folder)
+    monkeypatch.setattr(published, "PUBLISHED", rows)
+    return made
+
+
+def assert_equal(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), got, want)
+
+
+def test_a_model_and_then_its_classifier(small, tmp_path, capsys):
+    """A file makes a workdir that samples; the file of the classifier makes it a guided one."""
+    workdir = tmp_path / "run"
+    (base, base_params), (classifier, classifier_params) = small["base"], small["classifier"]
+    assert command.run([str(base), str(workdir)]) == 0
+    assert "base of small_guided" in capsys.readouterr().out
+    alone = pipeline.load(workdir)
+    assert (alone.takes, alone.step) == (("label",), {"base": 800})
+    assert not alone.stages[0].is_guided
+    assert_equal(alone.params["base"], base_params)
+    assert main.run([f"--workdir={workdir}", "--mode=sample", "--config.sample.num=2"]) == 0
+    assert (workdir / "samples.png").exists()
+
+    assert command.run([str(classifier), str(workdir)]) == 0
+    both = pipeline.load(workdir)
+    assert both.stages[0].is_guided and both.config == published._config("small_guided")
+    assert_equal(both.params, {"base": base_params, "classifier": classifier_params})
+
+    config, params, step = convert.load([base, classifier])
+    assert (config, step) == (both.config, both.step)
+    assert_equal(params, both.params)
+
+    capsys.readouterr()
+    assert command.run([str(base), str(workdir)]) == 2
+    assert "there are parameters of base already" in capsys.readouterr().err
+
+
+def test_the_classifier_first(small, tmp_path):
+    workdir = tmp_path / "run"
+    for section in ("classifier", "base"):
+        config = convert.save(convert.match(small[section][0]), workdir)
+    assert config == published._config("small_guided") == json.loads((workdir / "config.json").read_text())
+
+
+def test_a_workdir_that_is_not_ours_is_left_alone(small, tmp_path):
+    workdir = tmp_path / "run"
+    convert.save(convert.match(small["base"][0]), workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["base"]["guidance_scale"] = 7.0
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="or was edited; .*; choose another workdir"):
+        convert.save(convert.match(small["classifier"][0]), workdir)
+    assert json.loads((workdir / "config.json").read_text()) == config
+    assert not (workdir / "classifier").exists()
+
+
+@pytest.mark.parametrize("names", [("base.pt", "upsample.pt"), ("upsample.pt", "base.pt")])
+def test_the_two_files_of_glide_are_one_system(names, tmp_path):
+    """The second is put beside the first, in the config that has both; no numbers are needed to see that."""
+    rows = [next(row for row in convert.PUBLISHED if row.file == name) for name in names]
+    matches = [published.Match(tmp_path / r.file, {}, published._config(r.config), r.section, []) for r in rows]
+    first = published._system(matches[0], tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(first))
+    both = published._system(matches[1], tmp_path)
+    assert (first["stages"], both["name"], both["stages"]) == ([rows[0].section], "glide", ["base", "up"])
+    assert both == published._config("glide")
+    classifier = matches[0]._replace(section="classifier", config=published._config("adm_classifier_64"))
+    with pytest.raises(UserError, match="which has no classifier like this one"):
+        published._system(classifier, tmp_path)
+
+
+def test_files_straight_into_memory(small):
+    base, params = small["base"]
+    config, found, step = convert.load(base, "small_guided")
+    assert (config["stages"], config["base"]["guidance"], step) == (["base"], ["clip_denoised"], {"base": 800})
+    assert_equal(found, {"base": params})
+    configs.validate(configs.from_dict(config))
+    with pytest.raises(UserError, match="is one more base"):
+        convert.load([base, base])
+    config, _, _ = convert.load(small["classifier"][0])
+    assert stages.build_stages(config) == []
+    configs.validate(configs.from_dict(config))
+
+
+def test_what_counts_as_weights(small, tmp_path):
+    base = small["base"][0]
+    assert convert.is_weights(base) and convert.is_weights([base, base]) and convert.is_weights("64x64_diffusion.pt")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "diffusion_pytorch_model.bin").touch()
+    assert convert.is_weights(tmp_path / "model")
+    (tmp_path / "my.py").touch()
+    for other in ("adm_imagenet_64", "adm_lsun_horse:nodropout", tmp_path, tmp_path / "my.py", "configs/quickstart.py"):
+        assert not convert.is_weights(other)
+
+
+@pytest.mark.parametrize("name, step", [("ema_0.9999_540000", 540000), ("model000500", 500), ("x", 800), ("x_1", 800)])
+def test_training_step(name, step, small):
+    match = convert.match(small["base"][0], model="small_base")
+    assert published.training_step(match._replace(path=pathlib.Path(f"{name}.pt"))) == step
+
+
+def test_a_file_that_is_not_the_model_that_it_is_said_to_be(small, tmp_path, capsys):
+    base, classifier = small["base"][0], small["classifier"][0]
+    assert command.run([str(classifier), str(tmp_path / "run"), "--model=small_base"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diffax: error: the weights do not fit small_base: ") and error.count("\n") == 1
+    assert "missing: " in error and "unexpected: " in error and "of another shape: " in error
+    assert f"; {classifier}; pass the --model" in error
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="there is no config 'small_guide'; .*did you mean small_guided"):
+        convert.match(base, model="small_guide")
+    (tmp_path / "other.pt").write_bytes(state_dict({"fc.weight": np.ones((2, 2), np.float32)}))
+    with pytest.raises(UserError, match="weights of no known program; .*other.pt"):
+        convert.match(tmp_path / "other.pt")
+
+
+def test_a_model_of_ones_own(small, monkeypatch):
+    """--model names a config; the section is found, and the order of attention is what the user says."""
+    base, params = small["base"]
+    found = convert.match(base, model="small_guided", attention_order="new")
+    assert (found.section, found.config["name"]) == ("base", "small_guided")
+    new = convert.to_flax(found.tensors, found.table)
+    place = ("unet", "mid_attention", "attention", "qkv_bias")
+    old, new = (functools.reduce(dict.__getitem__, place, tree) for tree in (params, new))
+    heads, width = old.shape[1:]
+    assert heads > 1
+    np.testing.assert_array_equal(new.reshape(-1), old.transpose(1, 0, 2).reshape(-1))
+    monkeypatch.setattr(published, "PUBLISHED", ())  # so that it is told from the config alone
+    assert convert.match(small["classifier"][0], model="small_guided").section == "classifier"
+
+
+# ---- back out --------------------------------------------------------------------------------------------------------
+
+
+def test_there_and_back_is_exact(small, tmp_path, capsys):
+    workdir, out = tmp_path / "run", tmp_path / "out.safetensors"
+    for section in ("base", "classifier"):
+        convert.save(convert.match(small[section][0]), workdir)
+    assert command.run([str(workdir), str(out), "--to=safetensors"]) == 2
+    assert "there is more than one stage" in capsys.readouterr().err
+    for section, (path, params) in small.items():
+        assert command.run([str(workdir), str(out), "--to=safetensors", f"--stage={section}"]) == 0
+        before, after = weights.read(path), weights.read(out)
+        assert set(before) == set(after)
+        for key in before:
+            np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
+        found = convert.match(out, model=f"small_{section}")
+        assert_equal(convert.to_flax(found.tensors, found.table), params)
+    with pytest.raises(UserError, match="checkpoint has no EMA 0.5; it has 0.995"):
+        convert.export(workdir, out, stage="base", decay="0.5")
+
+
+def test_families_of_exported_networks():
+    for config, family in (("ddpm_cifar10", "diffusers"), ("adm_imagenet_64", "openai"), ("cfg_imagenet_64", "openai")):
+        assert published._family(configs.load(config).base)[0] == family
+
+
+def test_a_condition_that_openai_has_not():
+    config = configs.to_dict(configs.load("cascade_64:tiny"))
+    up = config["stages"][-1]
+    model = stages.build(config, up)
+    with pytest.raises(ValueError, match="no names for the condition 'low_res_time'"):
+        openai.table(model.net, model.shape)
+
+
+# ---- folders of diffusers --------------------------------------------------------------------------------------------
+
+SCHEDULER = dict(
+    _class_name="DDPMScheduler", beta_schedule="linear", num_train_timesteps=500, variance_type="fixed_large"
+)
+
+
+def diffusers_folder(folder, *, scheduler=SCHEDULER, arrays=None, suffix=".safetensors", **changes):
+    meta = golden.load_case("f_unet2d")[0]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **meta["config"], **changes}))
+    if scheduler:
+        (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    arrays = golden.parameters(meta) if arrays is None else arrays
+    path = folder / f"diffusion_pytorch_model{suffix}"
+    path.write_bytes(state_dict(arrays)) if suffix == ".bin" else weights.write(path, arrays, {})
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_folder_of_diffusers(tmp_path, suffix):
+    folder = diffusers_folder(tmp_path / "ddpm-small", suffix=suffix)
+    config, params, _ = convert.load(folder)
+    base = config["base"]
+    assert (config["name"], base["shape"], base["variance"]) == ("ddpm-small", [16, 16, 3], "fixed_large")
+    assert (base["schedule"]["steps"], base["schedule"]["name"]) == (500, "linear")
+    meta, inputs, outputs = golden.load_case("f_unet2d")
+    stage = stages.build_stage(config, "base")
+    if suffix == ".bin":
+        return
+    x, time = np.moveaxis(inputs["x"], 1, -1), np.asarray(inputs["timesteps"], np.float32)
+    y = jax.jit(stage.net.apply)({"params": params["base"]}, x, time, {})
+    assert golden.deviation(np.moveaxis(y, -1, 1), outputs["y"]) <= golden.tolerance(meta, "y")
+
+
+def test_a_folder_becomes_a_workdir(tmp_path):
+    """Old names of its arrays are known, and a scheduler of no file is the default one."""
+    arrays = golden.parameters(golden.load_case("f_unet2d")[0])
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {functools.reduce(lambda k, new: k.replace(new, old[new]), old, key): a for key, a in arrays.items()}
+    assert set(renamed) != set(arrays)
+    folder = diffusers_folder(tmp_path / "x" / "unet", scheduler=None, arrays=renamed)
+    found = convert.match(folder.parent)
+    config = convert.save(found, tmp_path / "run")
+    assert (config["base"]["variance"], config["base"]["schedule"]["steps"]) == ("fixed_small", 1000)
+    loaded = pipeline.load(tmp_path / "run")
+    assert_equal(loaded.params["base"], convert.to_flax(found.tensors, found.table))
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(_class_name="UNet2DConditionModel"), "this is a UNet2DConditionModel"),
+        (dict(up_block_types=["AttnUpBlock2D", "AttnUpBlock2D"]), "attention must be at the same levels"),
+        (dict(act_fn="gelu"), "act_fn='gelu' cannot be converted"),
+        (dict(block_out_channels=[32, 96]), "do not fit the config.json beside them: .*of another shape"),
+        (dict(scheduler=SCHEDULER | dict(beta_schedule="sigmoid")), "beta_schedule='sigmoid', supported are linear"),
+        (dict(scheduler=SCHEDULER | dict(trained_betas=[0.1])), "trained_betas=.0.1., which is not supported"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, changes, match):
+    with pytest.raises(UserError, match=match) as error:
+        convert.match(diffusers_folder(tmp_path / "a", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_are_not_complete(tmp_path):
+    folder = diffusers_folder(tmp_path / "a")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read config.json"):
+        convert.match(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json holds no settings"):
+        convert.match(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="there is no diffusion_pytorch_model.safetensors or .bin"):
+        convert.match(folder)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_list(capsys):
+    assert command.run(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(convert.PUBLISHED)
+    row = next(line.split() for line in lines if line.startswith("64x64_diffusion.pt"))
+    assert row[1:4] == ["295,904,454", "adm_imagenet_64", "base"] and row[4].endswith("/diffusion/jul-2021")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["a.pt"], ["a.pt", "b", "--to=pickle"], ["a.pt", "b", "--nonsense"], ["a.pt", "b"]]
+)
+def test_bad_command_lines(argv, capsys):
+    assert command.run(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("diffax: error: ") and err.count("\n") == 1 and not out
