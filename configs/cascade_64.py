@@ -25,7 +25,7 @@ Sooner:  --config.base.steps=250 --config.up.steps=100
 
 from diffax.config import config_defaults, split_variant, tiny
 
-VARIANTS = {"tiny": "16x16 to 32x32 embedded single shapes, minutes on a CPU"}
+VARIANTS = {"tiny": "8x8 to 16x16 embedded single shapes, minutes on a CPU"}
 
 
 def get_config(variant: str = ""):
@@ -49,13 +49,13 @@ def get_config(variant: str = ""):
     config.eval.num = 0  # judging samples by a small classifier is for small data
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
-        up.shape = (32, 32, 3)
+        base.shape = (8, 8, 3)
         for stage in (base, up):
             stage.data.update(single=True, label="colour")  # what one sees at this size
             stage.num_classes = 8
-            stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
             stage.train.update(steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
         up.predicts = "v"  # with eps, reading the smaller picture takes far longer to learn than minutes
-        up.train.update(steps=1200, batch_size=32)
+        up.net.update(channel_mult=(1, 2, 4), attention=(4,))
+        up.train.steps = 3000
         config.eval.update(num=500, batch_size=100, judge="network", levels=(0.0, 0.1, 0.2, 0.3, 0.5, 0.7))
     return config

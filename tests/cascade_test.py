@@ -168,6 +168,7 @@ CASCADE = (
             f"shape={side},{side},3",
             "data.name=digits",
             "data.single=false",
+            "data.label=label",
             "num_classes=10",
             "loss.weight=0.04",
         )
