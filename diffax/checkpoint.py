@@ -9,12 +9,14 @@ imports orbax, and no file here is ever a pickle.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -49,6 +51,56 @@ class Restored(NamedTuple):
     state: Any
     ema: Any
     meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that `Checkpoints.save` makes when its turn comes, twice, and then lets go.
+
+    It is made once for its digest and once for the disk, so that a tree of them, which may be larger than the memory,
+    takes that of one array.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      make: makes it; the same array each time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.make().astype(dtype or self.dtype, copy=False)
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes what `NumpyHandler` would, one array after the other; it would make all of them at once."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def _background_serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            await super()._background_serialize([np.asarray(value)], [info], [arg])
+
+
+def _item_handlers() -> dict[str, Any]:
+    """What writes the items of a step that has lazy arrays: Orbax's own handlers, and one that knows these."""
+    known = [(kind, ocp.type_handlers.get_type_handler(kind)) for kind in ocp.type_handlers.supported_types()]
+    registry = ocp.type_handlers.create_type_handler_registry(*known, (LazyArray, _LazyHandler()))
+    trees = {item: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for item in ("state", "ema")}
+    return {item: ocp.JsonCheckpointHandler() for item in ("meta", "digests")} | trees
 
 
 class _Damaged(Exception):
@@ -155,7 +207,7 @@ class Checkpoints:
 
         Args:
             step: number of the step, above all saved ones.
-            state: tree of arrays: jax Arrays on any devices, numpy arrays, typed PRNG keys.
+            state: tree of arrays: jax Arrays on any devices, numpy arrays, typed PRNG keys, `LazyArray`s.
             ema: decay, as text, -> averaged parameters; may be empty.
             meta: JSON data without NaN; tuples come back as lists.
             force: a step that is saved already is left as it is, and one below the newest is
@@ -199,8 +251,11 @@ class Checkpoints:
         # Where a host copy exists Orbax gets just the bytes that were digested; it also refuses
         # arrays of a mesh that spans this host alone while others run, which is what pmap makes.
         items = {item: ocp.args.PyTreeSave(_nest(hosts[item])) for item in trees if hosts[item]}
+        lazy = any(isinstance(array, LazyArray) for leaves in hosts.values() for array in leaves.values())
         try:
-            saved = self._open().save(
+            if lazy:
+                self._release()
+            saved = self._open(_item_handlers() if lazy else None).save(
                 step,
                 force=True,
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), digests=ocp.args.JsonSave(digests), **items),
@@ -377,7 +432,7 @@ class Checkpoints:
             (self.directory / str(step)).rename(self.directory / name)
         return _from_primary(name)
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self, handlers: Mapping[str, Any] | None) -> ocp.CheckpointManager:
         if self._manager is None:
             policies = [preservation_policy.LatestN(self._keep)]
             if self._keep_every:
@@ -388,7 +443,7 @@ class Checkpoints:
                 todelete_subdir=_TRASH,
                 cleanup_tmp_directories=True,
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 
     def _release(self) -> None:
@@ -601,7 +656,7 @@ def _key_data(leaf: Any) -> Any:
 
 
 def _to_host(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Host copies; an array of which other hosts hold a part stays what it is."""
+    """Host copies; an array of which other hosts hold a part stays what it is, and so does a lazy one."""
     here = {
         item: {
             name: not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
@@ -614,14 +669,19 @@ def _to_host(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
             if here[item][name] and isinstance(array, jax.Array):
                 array.copy_to_host_async()
     return {
-        item: {name: np.asarray(array) if here[item][name] else array for name, array in arrays.items()}
+        item: {
+            name: np.asarray(array) if here[item][name] and not isinstance(array, LazyArray) else array
+            for name, array in arrays.items()
+        }
         for item, arrays in items.items()
     }
 
 
 def _records(leaves: Mapping[str, Any], hosts: Mapping[str, Any]) -> dict[str, Record]:
     """sha256, dtype and shape of each leaf; without a host copy sha256 is None: not verified."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib releases the GIL.
+    lazy = any(isinstance(host, LazyArray) for host in hosts.values())
+    # hashlib releases the GIL; but of lazy arrays only one is to be there at a time
+    with concurrent.futures.ThreadPoolExecutor(1 if lazy else None) as pool:
         digests = pool.map(_digest, hosts.values())
     records = {}
     for (name, leaf), host, digest in zip(leaves.items(), hosts.values(), digests, strict=True):

@@ -50,6 +50,8 @@ PUBLISHED = {
     "ddpm_lsun_256:church": 113_673_219,
     "ddpm_celebahq_256": 113_673_219,
     "iddpm_cifar10:hybrid": 52_546_438,
+    "iddpm_lsun_256": 113_676_678,
+    "iddpm_lsun_256:bs64": 113_676_678,
     "iddpm_cifar10:vlb": 52_546_438,
     "iddpm_imagenet_64": 121_063_942,
     "iddpm_imagenet_64:vlb": 121_063_942,
@@ -79,6 +81,8 @@ ON_FILE = {
     "adm_upsample_128_512 up": "128_512_upsampler",
     "iddpm_imagenet_64:cond": "improved-diffusion/imagenet64_cond_270M_250K",
     "iddpm_upsample_64_256 up": "improved-diffusion/upsample_cond_500K",
+    "iddpm_lsun_256": "improved-diffusion/lsun_uncond_100M_1200K_bs128",
+    "iddpm_lsun_256:bs64": "improved-diffusion/lsun_uncond_100M_2400K_bs64",
 }
 MANIFEST = pathlib.Path(__file__).parent / "golden" / "manifest_full_size.json"
 SPECS = [

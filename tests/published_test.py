@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from diffax import checkpoint, convert, main, models, pipeline, stages
 from diffax import config as configs
-from diffax import convert, main, models, pipeline, stages
 from diffax.convert import __main__ as command
 from diffax.convert import diffusers, glide, openai, published, weights
 from diffax.convert.table import torch_shapes
@@ -28,6 +28,7 @@ MODELS = {
     for name, entry in (json.loads(MANIFEST.read_text())["models"] if MANIFEST.exists() else {}).items()
     if entry["class"] in CLASSES
 }
+EVERY = json.loads(MANIFEST.read_text())["models"] if MANIFEST.exists() else {}
 needs_manifest = pytest.mark.skipif(not MODELS, reason="no manifest_full_size.json in the golden folder")
 
 
@@ -94,6 +95,49 @@ def test_a_published_file_is_recognised_from_names_and_shapes(name):
     found, table = convert.recognise(blanks(shapes), row.name)
     assert found == row
     assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}  # none missing and none left
+
+
+# CLIPs, and the parts of karlo: entries of the manifest, and the file or the place of each
+OTHERS = {
+    "glide/clip-image-enc": "clip_image_enc.pt",
+    "glide/clip-text-enc": "clip_text_enc.pt",
+    "openai/clip-vit-large-patch14": "openai/clip-vit-large-patch14",
+    "karlo/prior": "prior-ckpt-step=01000000-of-01000000.ckpt",
+    "karlo/decoder": "decoder-ckpt-step=01000000-of-01000000.ckpt",
+    "karlo/sr_64_256": "improved-sr-ckpt-step=1.2M.ckpt",
+    "karlo-diffusers/prior (PriorTransformer defaults, 32 heads)": "kakaobrain/karlo-v1-alpha",
+}
+
+
+@needs_manifest
+@pytest.mark.parametrize("name", OTHERS)
+def test_clips_and_karlo_are_recognised(name, tmp_path, monkeypatch):
+    """Each array has its place, and parameters come out, of the right number; what there is no config of is refused."""
+    shapes = EVERY[name]["state_dict"]
+    (row,) = (row for row in convert.PUBLISHED if OTHERS[name] in (row.file, row.place))
+    found, table = convert.recognise(blanks(shapes), row.name)
+    assert (found, found.parameters) == (row, EVERY[name]["num_parameters"])
+    assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}
+    without_key_bias = 12 * (768 if "image" in name else 512) if row.family == "glide-clip" else 0
+    assert sum(int(np.prod(entry.shape)) for entry in table) == row.parameters + without_key_bias
+    if not row.config:
+        monkeypatch.setattr(weights, "read", lambda *_: blanks(shapes))
+        with pytest.raises(UserError, match=f"this is {row.file} of {row.place}, and no config is of it yet; .*x.ckpt"):
+            convert.match(tmp_path / "x.ckpt")
+
+
+def test_openai_and_transformers_agree_on_the_size_of_a_clip():
+    """One network, under the names of either; the old files' buffers are no parameters."""
+    rows = [row for row in convert.PUBLISHED if row.parameters == 151_277_313]
+    assert [row.family for row in rows] == ["openai-clip", "transformers"]
+    for row in rows:
+        table = published.table(row)
+        shapes = torch_shapes(table)
+        assert weights.count(list(shapes.values())) == row.parameters
+        assert sum(int(np.prod(entry.shape)) for entry in table) == row.parameters
+        assert convert.recognise(blanks(shapes), "renamed")[0] == row
+    buffers = {"input_resolution": (), "text_model.embeddings.position_ids": (1, 77)}
+    assert set(published.FAMILIES["transformers"].rename(blanks(shapes | buffers))) == set(shapes)
 
 
 @needs_manifest
@@ -278,6 +322,21 @@ def test_a_workdir_that_is_not_ours_is_left_alone(small, tmp_path):
     assert not (workdir / "classifier").exists()
 
 
+@pytest.mark.parametrize("names", [("base.pt", "clip_text_enc.pt"), ("clip_image_enc.pt", "base.pt")])
+def test_glides_base_and_its_clip_are_one_system(names, tmp_path):
+    rows = [next(row for row in convert.PUBLISHED if row.file == name) for name in names]
+    matches = [published.Match(tmp_path / r.file, {}, published._config(r.config), r.section, []) for r in rows]
+    first = published._system(matches[0], tmp_path)
+    assert first == published.only(published._config(rows[0].config), [rows[0].section])
+    configs.validate(configs.from_dict(first))
+    (tmp_path / "config.json").write_text(json.dumps(first))
+    both = published._system(matches[1], tmp_path)
+    assert both == published._config("glide_base_64:clip")
+    (tmp_path / "config.json").write_text(json.dumps(both))
+    with pytest.raises(UserError, match="which has no up like this one"):
+        published._system(matches[0]._replace(section="up", config=published._config("glide_upsample_256")), tmp_path)
+
+
 @pytest.mark.parametrize("names", [("base.pt", "upsample.pt"), ("upsample.pt", "base.pt")])
 def test_the_two_files_of_glide_are_one_system(names, tmp_path):
     """The second is put beside the first, in the config that has both; no numbers are needed to see that."""
@@ -291,6 +350,86 @@ def test_the_two_files_of_glide_are_one_system(names, tmp_path):
     classifier = matches[0]._replace(section="classifier", config=published._config("adm_classifier_64"))
     with pytest.raises(UserError, match="which has no classifier like this one"):
         published._system(classifier, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clip_files(tmp_path_factory):
+    """GLIDE's two files of a small CLIP, the rows that know them, and its parameters."""
+    folder, rows, arrays = tmp_path_factory.mktemp("clip"), [], {}
+    network = stages.build(published._config("glide_clip:tiny"), "clip").net
+    for tower, file in convert.clip.GLIDE_FILES.items():
+        row = published.Published(file, "here", "glide-clip", 0, "glide_clip:tiny", "clip", {"tower": tower})
+        shapes, rng = torch_shapes(published.table(row)), np.random.default_rng(len(rows))
+        arrays[tower] = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+        (folder / file).write_bytes(state_dict(arrays[tower]))
+        rows.append(row._replace(parameters=weights.count(list(shapes.values()))))
+    return folder, tuple(rows), convert.clip.from_glide(arrays["image"], arrays["text"], network)
+
+
+@pytest.mark.parametrize("file", convert.clip.GLIDE_FILES.values())
+def test_the_two_files_of_a_clip(clip_files, file, tmp_path, monkeypatch, capsys):
+    """Either one stands for both, which are one section; each is written as it was read, with the scale beside them."""
+    folder, rows, params = clip_files
+    monkeypatch.setattr(published, "PUBLISHED", rows)
+    workdir = tmp_path / "run"
+    assert command.run([str(folder / file), str(workdir)]) == 0
+    with checkpoint.Checkpoints(workdir / "clip" / "checkpoints", read_only=True) as checkpoints:
+        assert_equal(checkpoints.restore_ema()[1], params)
+    assert float(params["logit_scale"]) == np.float32(np.log(100))
+    other = next(name for name in convert.clip.GLIDE_FILES.values() if name != file)
+    for sources in (folder / file, [folder / file, folder / other]):
+        config, found, _ = convert.load(sources, "glide_clip:tiny")
+        assert_equal(found, {"clip": params})
+        assert config["stages"] == ["clip"]
+    assert command.run([str(workdir), str(tmp_path / "out.safetensors"), "--to=safetensors"]) == 2
+    assert "clip cannot be written under PyTorch's names: 'openai' has no names for an encoder of noisy" in (
+        capsys.readouterr().err
+    )
+    alone = tmp_path / file
+    alone.write_bytes((folder / file).read_bytes())
+    with pytest.raises(UserError, match=f"one encoder of a CLIP, and {other} is not beside it; .*{file}; put both"):
+        convert.match(alone)
+    alone.with_name(other).write_bytes((folder / file).read_bytes())
+    with pytest.raises(UserError, match=f"encoder that goes with {file}: .*missing.*; .*{other}; download it again"):
+        convert.match(alone)
+
+
+def test_weights_of_another_kind_of_network(clip_files, small, tmp_path, monkeypatch):
+    folder, _, _ = clip_files
+    monkeypatch.setattr(published, "PUBLISHED", ())  # so that it is told from the config alone
+    for path, model, what in (
+        (folder / "clip_text_enc.pt", "small_guided", "glide-clip has no such network"),
+        (small["base"][0], "small_classifier", "unexpected"),
+    ):
+        with pytest.raises(UserError, match=f"the weights do not fit {model}: .*{what}.*; pass the --model"):
+            convert.match(path, model=model)
+    file = tmp_path / "RN50.pt"
+    file.write_bytes(state_dict({"visual.attnpool.k_proj.weight": np.ones((2, 2), np.float32)}))
+    with pytest.raises(UserError, match="weights of no known program"):
+        convert.match(file)
+
+
+def test_one_of_several_state_dicts(small, tmp_path, capsys):
+    """--ema says which; the average is taken unless it does."""
+    arrays = {key: np.asarray(array) for key, array in weights.read(small["base"][0]).items()}
+    both = {f"{part} {key}": array + i for i, part in enumerate(("ema", "model")) for key, array in arrays.items()}
+
+    def nested(tensors):
+        parts = {part: {k.removeprefix(f"{part} "): t for k, t in tensors.items() if k.startswith(part)} for part in
+                 ("ema", "model")}  # fmt: skip
+        return parts | {"step": 7}
+
+    file = tmp_path / "training.pt"
+    file.write_bytes(state_dict(both, wrap=nested))
+    for argument, more in ((), 0), (("--ema=ema",), 0), (("--ema=model",), 1):
+        workdir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        assert command.run([str(file), str(workdir), "--model=small_guided", *argument]) == 0
+        with checkpoint.Checkpoints(workdir / "base" / "checkpoints", read_only=True) as checkpoints:
+            found = checkpoints.restore_ema()[1]
+        assert_equal(found, jax.tree.map(lambda a, more=more: a + np.float32(more), small["base"][1]))
+    capsys.readouterr()
+    assert command.run([str(file), str(tmp_path / "no"), "--model=small_guided", "--ema=x"]) == 2
+    assert "it holds no state dict 'x'; " in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_files_straight_into_memory(small):
@@ -374,9 +513,24 @@ def test_there_and_back_is_exact(small, tmp_path, capsys):
         convert.export(workdir, out, stage="base", decay="0.5")
 
 
+def test_one_of_several_averages(small, tmp_path):
+    """What --ema names is written, else the first that the config has; and the step is told."""
+    workdir, out = tmp_path / "run", tmp_path / "out.safetensors"
+    path, params = small["base"]
+    convert.save(convert.match(path), workdir)
+    ema = {decay: jax.tree.map(lambda a, i=i: a + np.float32(i), params) for i, decay in enumerate(("0.9", "0.995"))}
+    with checkpoint.Checkpoints(workdir / "base" / "checkpoints") as checkpoints:
+        checkpoints.save(900, {"params": params}, ema=ema, meta={})
+    for decay, want in ((None, "0.995"), ("0.9", "0.9"), ("0.995", "0.995")):
+        assert convert.export(workdir, out, decay=decay) == 900
+        found = convert.match(out, model="small_base")
+        assert_equal(convert.to_flax(found.tensors, found.table), ema[want])
+
+
 def test_families_of_exported_networks():
     for config, family in (("ddpm_cifar10", "diffusers"), ("adm_imagenet_64", "openai"), ("cfg_imagenet_64", "openai")):
         assert published._family(configs.load(config).base)[0] == family
+    assert published._family(configs.load("glide_clip").clip)[0] == "openai-clip"
 
 
 def test_a_condition_that_openai_has_not():
@@ -462,7 +616,11 @@ def test_folders_that_are_not_complete(tmp_path):
     with pytest.raises(UserError, match="config.json holds no settings"):
         convert.match(folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match="there is no diffusion_pytorch_model.safetensors or .bin"):
+    with pytest.raises(UserError, match="there is no diffusion_pytorch_model.safetensors or .bin, and no model.safet"):
+        convert.match(folder)
+    weights.write(folder / "model.safetensors", {"visual_projection.weight": np.ones((2, 2), np.float32)}, {})
+    assert convert.is_weights(folder)
+    with pytest.raises(UserError, match="of no model that was published; .*model.safetensors; pass --model"):
         convert.match(folder)
 
 

@@ -19,6 +19,7 @@ from diffax.errors import UserError
 from tests.torch_files import archive, call, name, program, state_dict, storage, tensor, value
 
 FOLDER = pathlib.Path(__file__).parent / "weights"
+REBUILD = name("torch._utils", "_rebuild_tensor_v2")
 
 BASE, SHARED = np.arange(24, dtype=np.float32) / 8, np.arange(6, dtype=np.float32)
 ARRAYS = dict(
@@ -79,6 +80,56 @@ def test_a_training_state_of_pytorch(file):
         assert weights.shapes(found) == {"weight": (2, 2), "bias": (2,)}
         assert all((np.asarray(array) == number).all() for array in found.values())
     assert "it holds no state dict 'optimizer'; " in refusal(FOLDER / file, "optimizer")
+
+
+def test_a_program_of_pytorch():
+    """The tensors of `torch.jit.save`, under the names of its state_dict(); its code is not looked at."""
+    found = weights.read(FOLDER / "script.pt")
+    want = {"scale": np.float32(2.5), "low": np.ones(3, np.float16), "input_resolution": np.int64(8)}
+    for i in range(2):
+        want |= {f"visual.{i}.mask": np.ones(2, np.float32), f"visual.{i}.fc.bias": np.float32([i, i + 0.5])}
+        want |= {f"visual.{i}.fc.weight": np.arange(4, dtype=np.float32).reshape(2, 2) / 8 + i}
+    assert set(found) == set(want)
+    for key, array in want.items():
+        np.testing.assert_array_equal(np.asarray(found[key]), array, err_msg=key, strict=True)
+
+
+MODULE, CODE = name("__torch__.net", "Net") + b")\x81", [("archive/code/net.py", b"")]
+
+
+def module(**attributes):
+    """The instructions for an object of a TorchScript class."""
+    return MODULE + value(attributes) + b"b"
+
+
+def test_programs_by_hand(tmp_path):
+    inner = module(weight=tensor(), training=b"\x89", note=value("x"))
+    found = weights.read(write(tmp_path, archive(module(a=inner, b=module(w=tensor())), more=CODE)))
+    assert list(found) == ["a.weight", "b.w"]
+    looped = MODULE + b"q\x00" + value({"w": tensor(), "self": b"h\x00"}) + b"b"
+    assert list(weights.read(write(tmp_path, archive(looped, more=CODE)))) == ["w"]
+    deep = module(w=tensor())
+    for _ in range(200):
+        deep = module(a=deep, w=tensor())
+    assert list(weights.read(write(tmp_path, archive(deep, more=CODE))))[-1] == "w"
+
+
+@pytest.mark.parametrize(
+    "contents, match",
+    [
+        (lambda canary: module(x=call(name("posix", "system"), f"touch {canary}")), "posix.system, and only tensors"),
+        (lambda canary: name("posix", "system") + value((f"touch {canary}",)) + b"\x81", "posix.system"),
+        (lambda canary: REBUILD + value((f"touch {canary}",)) + b"\x81", "damaged"),
+        (lambda canary: MODULE + value("state") + b"b", "an object of it has no attributes"),
+        (lambda canary: name("__torch__", "Net") + value({"w": 1}) + b"b", "damaged"),  # the class itself is changed
+        (lambda canary: module(x=value("no tensor")), "it holds no state dict"),
+    ],
+)
+def test_hostile_programs(tmp_path, contents, match):
+    canary = tmp_path / "canary"
+    message = refusal(write(tmp_path, archive(contents(str(canary)), more=CODE)))
+    assert re.search(match, message), message
+    assert not canary.exists()
 
 
 def test_safetensors(tmp_path):
@@ -144,7 +195,6 @@ def test_a_dictionary_that_holds_itself(tmp_path):
 # ---- nothing is executed ---------------------------------------------------------------------------------------------
 
 ORDERED_DICT = name("collections", "OrderedDict")
-REBUILD = name("torch._utils", "_rebuild_tensor_v2")
 EVIL = {
     "os.system": (lambda canary: call(name("posix", "system"), f"touch {canary}"), "posix.system, and only tensors"),
     "builtins.eval": (lambda canary: call(name("builtins", "eval"), f"open({canary!r}, 'w')"), "builtins.eval"),
@@ -242,7 +292,7 @@ def renamed(data, old, new):
         (archive({"w": tensor()}, [bytes(20)]), "storage 0 has 20 bytes, not 6 numbers"),
         (archive({"w": tensor()}, []), "storage 0 is missing"),
         (archive({"w": tensor()}, more=[("other/data.pkl", program(1))]), "2 pickles of PyTorch"),
-        (archive({"w": tensor()}, more=[("archive/code/a.py", b"")]), "TorchScript"),
+        (archive(name("__torch__", "Net") + b")\x81}b"), "instruction NEWOBJ"),  # there is no code beside it
         (renamed(GOOD, b"archive/data.pkl", b"archive/data.pkx"), "0 pickles of PyTorch"),
         (renamed(GOOD, b"archive/version", b"archive/data/00"[:15]), None),
         (GOOD.replace(b"archive/data/0", b"archive/data/9", 1), "not where the table of contents says"),
@@ -382,7 +432,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
-@pytest.mark.parametrize("file", ["arrays.pt", "arrays_legacy.pt", "nested.pt", "nested_legacy.pt"])
+@pytest.mark.parametrize("file", ["arrays.pt", "arrays_legacy.pt", "nested.pt", "nested_legacy.pt", "script.pt"])
 def test_mutants_are_refused_or_read(tmp_path, file):
     """One changed, lost or added stretch of bytes: one error that names the file, or arrays.
 

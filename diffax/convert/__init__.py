@@ -1,6 +1,6 @@
 """Published PyTorch weights <-> Flax parameters (floor 3); as a command, `python -m diffax.convert`."""
 
-from diffax.convert import diffusers, glide, openai
+from diffax.convert import clip, diffusers, glide, karlo, openai
 from diffax.convert.architecture import Architecture
 from diffax.convert.published import PUBLISHED, export, is_weights, load, match, recognise, save
 from diffax.convert.table import Entry, Layout, Table, to_flax, to_torch
@@ -11,10 +11,12 @@ __all__ = [
     "Entry",
     "Layout",
     "Table",
+    "clip",
     "diffusers",
     "export",
     "glide",
     "is_weights",
+    "karlo",
     "load",
     "match",
     "openai",

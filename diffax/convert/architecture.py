@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 import flax.linen as nn
 
 from diffax import models
+from diffax.models import clip
 
 
 class Architecture(NamedTuple):
@@ -28,6 +29,8 @@ class Architecture(NamedTuple):
 
     def build(self) -> nn.Module:
         """The network."""
+        if self.net["name"] == "clip":
+            return clip.build({key: value for key, value in self.net.items() if key != "name"}, self.shape)
         return models.build(
             self.net, shape=self.shape, takes=self.takes, num_classes=self.num_classes, out_channels=self.out_channels
         )

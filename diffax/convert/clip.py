@@ -5,7 +5,7 @@ transformers' `CLIPTextModelWithProjection` and `CLIPVisionModelWithProjection`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from diffax.convert.architecture import Architecture, refuse
 from diffax.convert.diffusers import _qkv_bias, _qkv_kernel
 from diffax.convert.openai import plain, qkv_bias, qkv_kernel
-from diffax.convert.table import SAME, Layout, Path, Table, make_table, param_shapes, to_flax
+from diffax.convert.table import SAME, Entry, Layout, Path, Table, make_table, param_shapes, to_flax
 from diffax.models.clip import CLIP, ImageEncoder, TextEncoder
 
 
@@ -127,6 +127,8 @@ NAMES = {
         leaf={"kernel": ".w", "scale": ".g", "bias": ".b"},
     ),
 }
+# the files of GLIDE's CLIP
+GLIDE_FILES = {"image": "clip_image_enc.pt", "text": "clip_text_enc.pt"}
 # what old files hold besides parameters
 BUFFERS = ("input_resolution", "context_length", "vocab_size", r"\w+\.embeddings\.position_ids")
 
@@ -200,6 +202,42 @@ def without_buffers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state_dict.items() if not pattern.fullmatch(key)}
 
 
+def file_table(network: CLIP, shape: Sequence[int], *, names: str, tower: str = "") -> Table:
+    """The map between a published file and the parameters of a whole CLIP, or of its encoder `tower`.
+
+    Args:
+      network: a whole CLIP.
+      shape: (H, W, C) of its images, which the network knows.
+      names: see `table`.
+      tower: 'image' or 'text', or '' for both.
+
+    Raises:
+      ValueError: `network` cannot bear such names.
+    """
+    return table(getattr(network, tower) if tower else network, names)
+
+
+def glide_table(network: CLIP, *, logit_scale: float = 100.0) -> Table:
+    """The map between GLIDE's two files, their names led by 'image.' and 'text.', and a noised CLIP's parameters.
+
+    Args:
+      network: see `glide_config`.
+      logit_scale: what multiplies the cosines (not its log), which is in the config file and in neither of these: 100.
+    """
+    towers = [
+        entry._replace(keys=tuple(f"{tower}.{key}" for key in entry.keys), path=(tower, *entry.path))
+        for tower in GLIDE_FILES
+        for entry in table(getattr(network, tower), "glide")
+    ]
+    scale = Layout(lambda: np.log(logit_scale).astype(np.float32), lambda w: ())
+    return [*towers, Entry((), (), ("logit_scale",), (), scale)]
+
+
+def glide_arrays(**files: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of GLIDE's two files, `image` and `text`, under the names of `glide_table`."""
+    return {f"{tower}.{key}": value for tower, arrays in files.items() for key, value in arrays.items()}
+
+
 def from_glide(
     image_enc: Mapping[str, Any], text_enc: Mapping[str, Any], network: CLIP, *, logit_scale: float = 100.0
 ) -> dict:
@@ -209,16 +247,12 @@ def from_glide(
       image_enc: state_dict of clip_image_enc.pt.
       text_enc: state_dict of clip_text_enc.pt.
       network: see `glide_config`.
-      logit_scale: what multiplies the cosines (not its log), which is in the config file: 100.
+      logit_scale: see `glide_table`.
 
     Raises:
       ValueError: arrays are missing, unexpected or of another shape.
     """
-    return {
-        "image": to_flax(image_enc, table(network.image, "glide")),
-        "text": to_flax(text_enc, table(network.text, "glide")),
-        "logit_scale": np.log(logit_scale).astype(np.float32),
-    }
+    return to_flax(glide_arrays(image=image_enc, text=text_enc), glide_table(network, logit_scale=logit_scale))
 
 
 def _architecture(size: int, *, features: int, activation: str, image: Mapping, text: Mapping) -> Architecture:

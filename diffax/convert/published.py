@@ -13,32 +13,56 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffax import checkpoint, images, stages
+import numpy as np
+from flax import traverse_util
+
+from diffax import checkpoint, images, models, stages
 from diffax import config as configs
-from diffax.convert import diffusers, glide, openai, weights
+from diffax.convert import clip, diffusers, glide, karlo, openai, weights
 from diffax.convert.architecture import Architecture
-from diffax.convert.table import Table, misfit, to_flax, to_torch
+from diffax.convert.table import Table, misfit, parameter, to_flax, to_torch
 from diffax.errors import UserError
+from diffax.models.clip import CLIP
 
 
 class Family(NamedTuple):
     """Files of one program.
 
     Attributes:
-      mark: an array that they have, and those of the families further down do not.
+      marks: arrays of which they have one, and those of the families further down none.
       table: (network, shape, **options) -> the table.
       rename: {name: array} of an old file -> the same under today's names.
+      networks: what it is a table of.
     """
 
-    mark: str
+    marks: tuple[str, ...]
     table: Callable[..., Table]
     rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    networks: tuple[type, ...] = (models.Network,)
+
+
+def _clip(names: str, *marks: str) -> Family:
+    """The family of CLIPs of these names."""
+    return Family(marks, functools.partial(clip.file_table, names=names), clip.without_buffers, (CLIP,))
 
 
 FAMILIES = {
-    "glide": Family("transformer_proj.weight", glide.table),
-    "openai": Family("input_blocks.0.0.weight", openai.table),
-    "diffusers": Family("conv_in.weight", diffusers.table, diffusers.modern_names),
+    "glide": Family(("transformer_proj.weight",), glide.table),
+    "openai": Family(("input_blocks.0.0.weight",), openai.table, networks=(models.Network, models.Classifier)),
+    "diffusers": Family(("conv_in.weight",), diffusers.table, diffusers.modern_names),
+    "glide-clip": _clip("glide", "blocks.input.patch_proj", "blocks.input.w_voc"),
+    "openai-clip": _clip("openai", "visual.proj"),
+    "transformers": _clip("transformers", "visual_projection.weight"),
+    "karlo": Family(("model.prd_emb", "model.cf_param"), functools.partial(karlo.table, prefix="model.")),
+    "karlo-upsampler": Family(("model_first_steps.input_blocks.0.0.weight",), karlo.upsampler_table),
+    "diffusers-prior": Family(("prd_embedding",), karlo.diffusers_table),
+}
+HO = {"flip_sin_to_cos": False}
+# Options of a family's table for networks that were not published.
+CHOICES = {
+    "diffusers": [HO],
+    "openai": [{"attention_order": "legacy"}],
+    "glide-clip": [{"tower": tower} for tower in clip.GLIDE_FILES],
 }
 
 
@@ -75,16 +99,43 @@ IMPROVED = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
 GUIDED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
 GLIDE = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
 NEW = {"attention_order": "new"}
-HO = {"flip_sin_to_cos": False}
-UNET, UP = "diffusion_pytorch_model.safetensors", "up"
-LSUN = functools.partial(
-    openai.net_config,
+UNET, MODEL, UP = "diffusion_pytorch_model.safetensors", "model.safetensors", "up"
+CLIPS = "https://openaipublic.azureedge.net/clip/models"
+KARLO = "https://arena.kakaocdn.net/brainrepo/models/karlo-public/v1.0.0.alpha"
+KARLO_PRIOR = functools.partial(
+    karlo.net_config,
+    dict(text_ctx=77, xf_width=2048, xf_layers=20, xf_heads=32, xf_final_ln=True, clip_dim=768),
+    model="PriorDiffusionModel",
+)
+KARLO_DECODER = functools.partial(
+    karlo.net_config,
     dict(
-        in_channels=3, model_channels=128, out_channels=6, num_res_blocks=2, attention_resolutions=(16,),
-        channel_mult=(1, 1, 2, 2, 4, 4),
+        in_channels=3, model_channels=320, out_channels=6, num_res_blocks=3, attention_resolutions=(2, 4, 8),
+        channel_mult=(1, 2, 3, 4), dropout=0.1, num_heads=-1, num_head_channels=64, num_heads_upsample=-1,
+        use_scale_shift_norm=True, resblock_updown=True, text_ctx=77, xf_width=1536, clip_dim=768, clip_emb_mult=4,
+        clip_emb_type="image", clip_emb_drop=0.1,
     ),
-    image_size=256,
+    model="Text2ImProgressiveModel",
 )  # fmt: skip
+KARLO_UPSAMPLER = functools.partial(
+    karlo.net_config,
+    dict(channels=320, depth=3, channels_multiple=(1, 2, 3, 4), dropout=0.0),
+    model="ImprovedSupRes64to256ProgressiveModel",
+    image_size=256,
+)
+
+
+def _vit(patch: int, *, large: bool = False) -> Callable[[], Architecture]:
+    """One of the CLIPs that OpenAI published: ViT-B or ViT-L, pictures of 224x224."""
+    text, image, size = {"hidden_size": 512}, {"patch_size": patch}, 512
+    if large:
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        image |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        size = 768
+    return functools.partial(
+        clip.transformers_config, {"text_config": text, "vision_config": image, "projection_dim": size}
+    )
+
 
 # Parameters as counted in the networks that the programs build from the flags of their README files.
 PUBLISHED = (
@@ -94,8 +145,8 @@ PUBLISHED = (
     Published("cifar10_uncond_50M_500K.pt", IMPROVED, "openai", 52_546_438, "iddpm_cifar10"),
     Published("cifar10_uncond_vlb_50M_500K.pt", IMPROVED, "openai", 52_546_438, "iddpm_cifar10:vlb"),
     Published("upsample_cond_500K.pt", IMPROVED, "openai", 279_792_390, "iddpm_upsample_64_256", UP),
-    Published("lsun_uncond_100M_1200K_bs128.pt", IMPROVED, "openai", 113_676_678, architecture=LSUN),
-    Published("lsun_uncond_100M_2400K_bs64.pt", IMPROVED, "openai", 113_676_678, architecture=LSUN),
+    Published("lsun_uncond_100M_1200K_bs128.pt", IMPROVED, "openai", 113_676_678, "iddpm_lsun_256"),
+    Published("lsun_uncond_100M_2400K_bs64.pt", IMPROVED, "openai", 113_676_678, "iddpm_lsun_256:bs64"),
     Published("64x64_diffusion.pt", GUIDED, "openai", 295_904_454, "adm_imagenet_64", options=NEW),
     Published("128x128_diffusion.pt", GUIDED, "openai", 421_529_606, "adm_imagenet_128"),
     Published("256x256_diffusion.pt", GUIDED, "openai", 553_838_086, "adm_imagenet_256"),
@@ -115,11 +166,23 @@ PUBLISHED = (
     Published("upsample.pt", GLIDE, "glide", 398_361_286, "glide_upsample_256", UP),
     Published("base_inpaint.pt", GLIDE, "glide", 385_037_638, "glide_inpaint_64"),
     Published("upsample_inpaint.pt", GLIDE, "glide", 398_368_198, "glide_inpaint_256", UP),
+    Published("clip_image_enc.pt", GLIDE, "glide-clip", 86_443_776, "glide_clip", "clip", {"tower": "image"}),
+    Published("clip_text_enc.pt", GLIDE, "glide-clip", 71_679_488, "glide_clip", "clip", {"tower": "text"}),
+    Published("ViT-B-32.pt", CLIPS, "openai-clip", 151_277_313, architecture=_vit(32)),
+    Published("ViT-B-16.pt", CLIPS, "openai-clip", 149_620_737, architecture=_vit(16)),
+    Published("ViT-L-14.pt", CLIPS, "openai-clip", 427_616_513, architecture=_vit(14, large=True)),
+    Published(MODEL, "openai/clip-vit-base-patch32", "transformers", 151_277_313, architecture=_vit(32)),
+    Published(MODEL, "openai/clip-vit-base-patch16", "transformers", 149_620_737, architecture=_vit(16)),
+    Published(MODEL, "openai/clip-vit-large-patch14", "transformers", 427_616_513, architecture=_vit(14, large=True)),
+    Published("prior-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 1_022_028_544, architecture=KARLO_PRIOR),
+    Published("decoder-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 893_318_086, architecture=KARLO_DECODER),
+    Published("improved-sr-ckpt-step=1.2M.ckpt", KARLO, "karlo-upsampler", 1_383_159_046, architecture=KARLO_UPSAMPLER),
+    Published(UNET, "kakaobrain/karlo-v1-alpha", "diffusers-prior", 1_022_030_080, architecture=KARLO_PRIOR),
     Published(UNET, "google/ddpm-cifar10-32", "diffusers", 35_746_307, "ddpm_cifar10", options=HO),
     Published(UNET, "google/ddpm-cat-256", "diffusers", 113_673_219, "ddpm_lsun_256:cat", options=HO),
 )
 # Configs that put the sections of several of these together, besides those that name them.
-SYSTEMS = ("glide",)
+SYSTEMS = ("glide", "glide_base_64:clip")
 
 
 # ---- recognising -----------------------------------------------------------------------------------------------------
@@ -134,6 +197,7 @@ class Match(NamedTuple):
       config: the config that its network is in, a plain dict.
       section: the section of that which it is.
       table: the map from the one to the other, which fits.
+      also: another file, whose arrays are among these.
     """
 
     path: pathlib.Path
@@ -141,6 +205,7 @@ class Match(NamedTuple):
     config: dict[str, Any]
     section: str
     table: Table
+    also: pathlib.Path | None = None
 
 
 def network(row: Published) -> tuple[Any, tuple[int, ...]]:
@@ -153,8 +218,14 @@ def network(row: Published) -> tuple[Any, tuple[int, ...]]:
 
 
 def table(row: Published) -> Table:
-    """The map between the arrays of a published file and parameters."""
-    return FAMILIES[row.family].table(*network(row), **row.options)
+    """The map between the arrays of a published file and parameters; a ValueError where its network cannot have one."""
+    return _table(row.family, *network(row), **row.options)
+
+
+def _table(family: str, net: Any, shape: Sequence[int], **options: Any) -> Table:
+    if not isinstance(net, FAMILIES[family].networks):
+        raise ValueError(f"{family} has no such network")
+    return FAMILIES[family].table(net, shape, **options)
 
 
 def recognise(tensors: Mapping[str, Any], name: str = "") -> tuple[Published, Table]:
@@ -169,7 +240,7 @@ def recognise(tensors: Mapping[str, Any], name: str = "") -> tuple[Published, Ta
     """
     shapes = weights.shapes(tensors)
     size = weights.count(list(shapes.values()))
-    rows = [row for row in PUBLISHED if row.parameters == size]
+    rows = [row for row in PUBLISHED if row.parameters == size and _bears_marks(tensors, FAMILIES[row.family])]
     rows = [row for row in rows if name in (row.name, row.place.rpartition("/")[2])] or rows
     found = [(row, known) for row, known in ((row, table(row)) for row in rows) if not misfit(shapes, known)]
     if not found:
@@ -189,7 +260,8 @@ def match(
     """Reads which arrays a file holds, and finds their network.
 
     Args:
-      path: a file (see `weights.read`), or the folder of a diffusers model.
+      path: a file (see `weights.read`), or the folder of a model of diffusers or transformers. Of the two files of
+        GLIDE's CLIP either one, if the other lies beside it.
       model: the config, or the published file, that it is; by default it is recognised.
       which: of several state dicts in the file, see `weights.read`.
       attention_order: of one of OpenAI's networks that was not published, 'legacy' or 'new', see `openai.table`.
@@ -198,11 +270,11 @@ def match(
       UserError: the file cannot be read, is not recognised, or does not fit the model.
     """
     path = pathlib.Path(path)
-    if path.is_dir() and model is None:
-        return _match_folder(path, which)
     file = _file_in(path)
+    if path.is_dir() and model is None and file.stem == pathlib.Path(UNET).stem:
+        return _match_folder(path, which)
     tensors = weights.read(file, which)
-    family = next((name for name, f in FAMILIES.items() if f.mark in f.rename(tensors)), None)
+    family = next((name for name, f in FAMILIES.items() if _bears_marks(f.rename(tensors), f)), None)
     if family is None:
         raise UserError(f"these are weights of no known program; {file}; known are those listed by --list")
     tensors = FAMILIES[family].rename(tensors)
@@ -212,27 +284,54 @@ def match(
         what, _, advice = str(error).partition("; ")
         raise UserError(f"{what}; {file}; {advice}") from None
     if not row.config:
-        raise UserError(f"this is {row.file} of {row.family}, and no config is of it yet; {file}; pass --model=CONFIG")
-    return Match(file, tensors, _config(row.config), row.section, known)
+        raise UserError(f"this is {row.file} of {row.place}, and no config is of it yet; {file}; pass --model=CONFIG")
+    found = Match(file, tensors, _config(row.config), row.section, known)
+    return _with_other_encoder(found, row) if family == "glide-clip" else found
+
+
+def _bears_marks(tensors: Mapping[str, Any], family: Family) -> bool:
+    return any(mark in tensors for mark in family.marks)
+
+
+def _with_other_encoder(found: Match, row: Published) -> Match:
+    """The CLIP of which `found` is one encoder: the file of the other lies beside it, under its published name."""
+    mine = row.options["tower"]
+    ((other, name),) = ((tower, name) for tower, name in clip.GLIDE_FILES.items() if tower != mine)
+    file = found.path.with_name(name)
+    if not file.exists():
+        raise UserError(f"this is one encoder of a CLIP, and {name} is not beside it; {found.path}; put both there")
+    network = stages.build(found.config, found.section).net
+    tensors = {mine: found.tensors, other: weights.read(file)}
+    if complaint := misfit(weights.shapes(tensors[other]), clip.table(getattr(network, other), "glide")):
+        what = f"this is not the {other} encoder that goes with {found.path.name}: {complaint.replace('; ', ', ')}"
+        raise UserError(f"{what}; {file}; download it again")
+    return found._replace(tensors=clip.glide_arrays(**tensors), table=clip.glide_table(network), also=file)
 
 
 def _named(tensors: Mapping[str, Any], model: str, family: str, attention_order: str) -> tuple[Published, Table]:
     """The published file of that name or config, or else the section of a config, that arrays fit."""
     rows = [row for row in PUBLISHED if model in (row.file, row.name, row.place, row.config)]
     if not rows:
-        options = {"diffusers": HO, "openai": {"attention_order": "legacy"}}.get(family, {})
-        sections = configs.trained_sections(_config(model))
-        rows = [Published("", "", family, 0, model, section, options) for section in sections]
+        tried = itertools.product(configs.trained_sections(_config(model)), CHOICES.get(family, [{}]))
+        rows = [Published("", "", family, 0, model, section, options) for section, options in tried]
     if attention_order and family == "openai":
         rows = [row._replace(options={"attention_order": attention_order}) for row in rows]
     shapes = weights.shapes(tensors)
-    tried = [(row, known, misfit(shapes, known)) for row, known in ((row, table(row)) for row in rows)]
-    row, known, complaint = min(tried, key=lambda t: len(t[2]))
+    row, known, complaint = min((_tried(row, shapes) for row in rows), key=lambda found: len(found[2]))
     if complaint:
         raise UserError(
             f"the weights do not fit {model}: {complaint.replace('; ', ', ')}; pass the --model they are of"
         )
     return row, known
+
+
+def _tried(row: Published, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Published, Table, str]:
+    """The table of a row, and what keeps arrays of these shapes from fitting it."""
+    try:
+        known = table(row)
+    except ValueError as error:
+        return row, [], str(error)
+    return row, known, misfit(shapes, known)
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -241,15 +340,22 @@ def _config(name: str) -> dict[str, Any]:
     return configs.to_dict(config)
 
 
+def _files_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of weights in the folder of a model of diffusers, or of transformers; the better one first."""
+    wanted = ("diffusion_pytorch_model.*", "unet/diffusion_pytorch_model.*", MODEL, "pytorch_model.bin")
+    found = [file for pattern in wanted for file in sorted(folder.glob(pattern), reverse=True)]
+    return [file for file in found if file.suffix in (".safetensors", ".bin")]
+
+
 def _file_in(path: pathlib.Path) -> pathlib.Path:
-    """The file of weights that a diffusers folder holds; a file is itself."""
+    """The file of weights that a folder holds; a file is itself."""
     if not path.is_dir():
         return path
-    for folder in (path, path / "unet"):
-        for suffix in ("safetensors", "bin"):
-            if (file := folder / f"diffusion_pytorch_model.{suffix}").exists():
-                return file
-    raise UserError(f"there is no diffusion_pytorch_model.safetensors or .bin; {path}; download it, or pass a file")
+    if found := _files_in(path):
+        return found[0]
+    raise UserError(
+        f"there is no diffusion_pytorch_model.safetensors or .bin, and no {MODEL}; {path}; download it, or pass a file"
+    )
 
 
 # ---- folders of diffusers --------------------------------------------------------------------------------------------
@@ -333,12 +439,12 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def is_weights(source: Any) -> bool:
-    """Whether `source` names files of weights and not a workdir: a file, a diffusers folder, or a list of them."""
+    """Whether `source` names files of weights and not a workdir: a file, a folder that holds one, or a list of them."""
     if isinstance(source, list | tuple):
         return all(map(is_weights, source))
     path = pathlib.Path(source)
     if path.is_dir():
-        return any(path.glob("diffusion_pytorch_model.*")) or any(path.glob("unet/diffusion_pytorch_model.*"))
+        return bool(_files_in(path))
     return path.suffix in weights.SUFFIXES or (path.is_file() and path.suffix != ".py")
 
 
@@ -359,7 +465,10 @@ def load(
       UserError: a file cannot be read, is not recognised or fits nothing; two files are of one section.
     """
     files = files if isinstance(files, list | tuple) else [files]
-    found = [match(file, model=os.fspath(config) if config and i == 0 else None) for i, file in enumerate(files)]
+    found: list[Match] = []
+    for file in files:
+        if pathlib.Path(file) not in [m.also for m in found]:
+            found.append(match(file, model=os.fspath(config) if config and not found else None))
     for i, m in enumerate(found):
         if any(m.section == other.section for other in found[:i]):
             raise UserError(f"{m.path} is one more {m.section}; {files[0]}; pass one file for each part of a system")
@@ -436,7 +545,7 @@ def save(m: Match, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     configs.validate(configs.from_dict(config))
     section = config[m.section]
     with checkpoint.lock(workdir), checkpoint.Checkpoints(workdir / m.section / "checkpoints", keep=1) as checkpoints:
-        params = to_flax(m.tensors, m.table)
+        params = _unread(m)
         decay = next((str(d) for d in section["train"]["ema"]), None)
         state, ema = ({}, {decay: params}) if decay else ({"params": params}, {})
         checkpoints.save(training_step(m), state, ema=ema, meta={"stage": section, "seed": config["seed"]})
@@ -444,6 +553,18 @@ def save(m: Match, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         text = json.dumps(config, indent=2) + "\n"
         images.write_atomically(workdir / "config.json", lambda file: file.write(text.encode()))
     return config
+
+
+def _unread(m: Match) -> dict[str, Any]:
+    """The tree of a file's parameters, each read and converted when it is written: never all of them at once."""
+    return traverse_util.unflatten_dict(
+        {
+            entry.path: checkpoint.LazyArray(
+                entry.shape, np.dtype(np.float32), functools.partial(parameter, m.tensors, entry)
+            )
+            for entry in m.table
+        }
+    )
 
 
 def _system(m: Match, workdir: pathlib.Path) -> dict[str, Any]:
@@ -454,10 +575,12 @@ def _system(m: Match, workdir: pathlib.Path) -> dict[str, Any]:
         return only(m.config, [m.section])
     there = configs.to_dict(configs.from_dict(_json(workdir / "config.json")))
     present = list(configs.trained_sections(there))
-    names = [n for n in (*(r.config for r in PUBLISHED), *SYSTEMS) if n.replace(":", "_") == there["name"]]
-    systems = [_config(name) for name in dict.fromkeys(names)]
+    names = dict.fromkeys([*(r.config for r in PUBLISHED), *SYSTEMS])
+    # a variant may have a name of its own
+    systems = [_config(n) for n in names if there["name"] in (n.replace(":", "_"), n.partition(":")[0])]
+    whole = [system for system in systems if {*present} <= {*configs.trained_sections(system)}]
     # Only what this module wrote is written again: nothing that a user has set gets lost.
-    mine = [system for system in systems if only(system, present) == there]
+    mine = [system for system in whole if only(system, present) == there]
     system = _holding([*present, m.section], [*mine, m.config]) if mine else None
     if system is not None:
         _check_same_network(m, system)
@@ -481,8 +604,8 @@ def export(
 ) -> int:
     """Writes the parameters of one section of a workdir as .safetensors under PyTorch's names.
 
-    The names are those of openai/guided-diffusion, of openai/glide-text2im for networks that read text, and of
-    diffusers' `UNet2DModel` for those of the DDPM paper.
+    The names are those of openai/guided-diffusion, of openai/glide-text2im for networks that read text, of diffusers'
+    `UNet2DModel` for those of the DDPM paper, and of openai/CLIP for a CLIP, unless it is one of noisy pictures.
 
     Args:
       workdir: what training or `save` wrote.
@@ -515,7 +638,7 @@ def export(
             "attention_order": attention_order or (known[0].options if known else {}).get("attention_order", "legacy")
         }
     try:
-        names = FAMILIES[family].table(model.net, model.shape, **options)
+        names = _table(family, model.net, model.shape, **options)
     except ValueError as error:
         raise UserError(
             f"{stage} cannot be written under PyTorch's names: {error}; {workdir}; load it in diffax"
@@ -531,6 +654,8 @@ def export(
 
 def _family(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Whose names a network bears: those of the program that has such a network."""
+    if section["net"]["name"] == "clip":
+        return "openai-clip", {}
     if "text" in section["takes"]:
         return "glide", {}
     return ("diffusers", HO) if section["net"]["sinusoid"] == "ho" else ("openai", {})

@@ -94,12 +94,14 @@ def to_flax(state_dict: Mapping[str, Any], table: Table) -> dict:
         raise ValueError(
             f"the weights do not fit this network; {complaint}; give the options that the weights were trained with"
         )
-    flat = {}
-    for entry in table:
-        # one array at a time: those of a file are read here
-        arrays = [np.asarray(state_dict[key]).astype(np.float32, copy=False) for key in entry.keys]
-        flat[entry.path] = np.asarray(entry.layout.to_flax(*arrays), order="C")
-    return traverse_util.unflatten_dict(flat)
+    # one array at a time: those of a file are read here
+    return traverse_util.unflatten_dict({entry.path: parameter(state_dict, entry) for entry in table})
+
+
+def parameter(state_dict: Mapping[str, Any], entry: Entry) -> np.ndarray:
+    """One float32 Flax parameter out of the arrays that hold it."""
+    arrays = [np.asarray(state_dict[key]).astype(np.float32, copy=False) for key in entry.keys]
+    return np.asarray(entry.layout.to_flax(*arrays), order="C")
 
 
 def torch_shapes(table: Table) -> dict[str, tuple[int, ...]]:

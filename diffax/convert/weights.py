@@ -2,7 +2,8 @@
 
 `read` knows the two formats of `torch.save` and safetensors. A file of `torch.save` is a pickle beside raw numbers, and
 a pickle may call any function; here it is taken apart by a reader that knows nothing but tensors and plain containers,
-so nothing that a file asks for is executed. Numbers are read when `np.asarray` asks for an array, one array at a time.
+so nothing that a file asks for is executed. Of a TorchScript program the tensors are read, and the code is not. Numbers
+are read when `np.asarray` asks for an array, one array at a time.
 """
 
 import collections
@@ -18,7 +19,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _MAX_PICKLE = 2**23
 _MAX_TENSORS = 100_000
 _MAX_DIMENSIONS = 16
+_MAX_DEPTH = 64
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _AGAIN = "download it again"
 
@@ -280,6 +282,15 @@ _NAMES = {
 }
 
 
+class _Module(dict):
+    """Stands for every class of a TorchScript program: the attributes of an object by name, and none of its code."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise _Refused("an object of it has no attributes")
+        self.update(state)
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows the names of `_NAMES`; storages are made by `make_storage(name, key, size)`."""
 
@@ -305,17 +316,24 @@ class _Unpickler(pickle.Unpickler):
         return self._make_storage(kind.name, key, size)
 
 
+class _ScriptUnpickler(_Unpickler):
+    """Knows the classes of a TorchScript program besides."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Module if module.split(".")[0] == "__torch__" else super().find_class(module, name)
+
+
 def _no_storage(*_: Any) -> NoReturn:
     raise _Refused("it refers to a storage where none can be")
 
 
-def _pickle_end(data: bytes, start: int) -> int:
+def _pickle_end(data: bytes, start: int, known: Set[str] = _OPCODES) -> int:
     """Where the pickle at `start` ends; raises _Refused if it is made of anything but plain data and tensors."""
     file = io.BytesIO(data)
     file.seek(start)
     try:
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name not in _OPCODES:
+            if opcode.name not in known:
                 raise _Refused(f"it holds the pickle instruction {opcode.name}; save its state_dict() alone")
             # The unpickler makes a table as long as the highest number.
             if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(data):
@@ -356,16 +374,18 @@ def _check_crc(path: pathlib.Path, start: int, size: int, crc: int) -> None:
 
 
 def _read_zip(path: pathlib.Path) -> Any:
-    """What `torch.save` writes since PyTorch 1.6: a pickle and one member for each storage, none compressed."""
+    """What `torch.save` writes since PyTorch 1.6: a pickle and one member for each storage, none compressed.
+
+    `torch.jit.save` adds the program's code, and its pickle holds objects of the classes in there.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
         raise _Refused("the file is cut short or damaged (its table of contents is missing)") from None
     with archive:
+        script = any(map(_is_code, archive.namelist()))
         members = _check_members(archive, path.stat().st_size)
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if any("/code/" in name for name in members):
-            raise _Refused("this is a TorchScript program; save its state_dict() instead")
         if len(pickles) != 1:
             raise _Refused(f"this is a zip archive with {len(pickles)} pickles of PyTorch, not one; pass another file")
         prefix = pickles[0].removesuffix("data.pkl")
@@ -387,18 +407,42 @@ def _read_zip(path: pathlib.Path) -> Any:
         check = functools.cache(functools.partial(_check_crc, path, start, member.file_size, member.CRC))
         return _Storage(dtype, size, functools.partial(_load_span, path, dtype, start, check=check))
 
-    _pickle_end(data, 0)
-    return _Unpickler(data, make_storage).load()
+    _pickle_end(data, 0, _OPCODES | {"NEWOBJ"} if script else _OPCODES)
+    contents = (_ScriptUnpickler if script else _Unpickler)(data, make_storage).load()
+    return _script_tensors(contents) if isinstance(contents, _Module) else contents
+
+
+def _is_code(member: str) -> bool:
+    return member.split("/")[1:2] == ["code"]
+
+
+def _script_tensors(program: _Module) -> dict[str, Tensor]:
+    """{'layer.weight': Tensor} of the parameters and buffers of a TorchScript program."""
+    found, seen = {}, set()
+
+    def visit(module: _Module, names: tuple[str, ...]) -> None:
+        if id(module) in seen or len(names) > _MAX_DEPTH:
+            return
+        seen.add(id(module))
+        for name, item in module.items():
+            if isinstance(item, Tensor):
+                found[".".join((*names, name))] = item
+            elif isinstance(item, _Module):
+                visit(item, (*names, name))
+
+    visit(program, ())
+    return found
 
 
 def _check_members(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members by name; raises _Refused unless all are stored as they are, and fit into the file."""
+    """The members that are read, by name; raises _Refused unless they are stored as they are, and fit into the file."""
     infos = archive.infolist()
     if len(infos) > _MAX_TENSORS:
         raise _Refused(f"it has {len(infos)} members, limit {_MAX_TENSORS}")
     repeated = [name for name, n in collections.Counter(info.filename for info in infos).items() if n > 1]
     if repeated:
         raise _Refused(f"member {repeated[0]!r} is there twice")
+    infos = [info for info in infos if not _is_code(info.filename)]
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise _Refused(f"member {info.filename!r} is compressed or encrypted, which PyTorch never does")
