@@ -13,24 +13,35 @@ from diffax.schedules import NoiseLevel
 Array = jax.Array
 
 
-def drop(cond: Mapping[str, Array], keys: Array, *, rate: float, null: Mapping[str, Array]) -> dict[str, Array]:
+def drop(
+    cond: Mapping[str, Array],
+    keys: Array,
+    *,
+    rate: float | Mapping[tuple[str, ...], float],
+    null: Mapping[str, Array],
+) -> dict[str, Array]:
     """Withholds the conditions of a share of the examples (classifier-free guidance, algorithm 1, line 3).
 
-    All conditions that `null` names are withheld together, the others stay.
+    All conditions that `null` names are withheld together, the others stay. Or groups of them each on their own
+    (DALL-E 2, section 2.1: the image embedding of a tenth of the examples, the caption of half of them).
 
     Args:
       cond: conditions, [B, ...] each.
       keys: [B] typed PRNG keys.
-      rate: probability that an example is trained without them (the paper's p_uncond).
+      rate: probability that an example is trained without them (the paper's p_uncond); or {names of a group: its own}.
       null: what stands for a withheld condition, one example's worth.
 
     Returns:
       The conditions, with the null value in place of those withheld.
     """
-    withheld = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return {
-        k: jnp.where(expand(withheld, v), jnp.asarray(null[k], v.dtype), v) if k in null else v for k, v in cond.items()
-    }
+    groups, kept = rate if isinstance(rate, Mapping) else {tuple(null): rate}, dict(cond)
+    for number, (names, share) in enumerate(groups.items()):
+        own = jax.vmap(lambda key, i=number: jax.random.fold_in(key, i))(keys) if number else keys
+        withheld = jax.vmap(lambda key, share=share: jax.random.bernoulli(key, share))(own)
+        for name in (name for name in names if name in null and name in cond):
+            value = cond[name]
+            kept[name] = jnp.where(expand(withheld, value), jnp.asarray(null[name], value.dtype), value)
+    return kept
 
 
 # ---- low-resolution pictures ----------------------------------------------------------------------------------------

@@ -116,11 +116,12 @@ def _choice(default, *choices) -> Field:
 CONTINUOUS = ("cosine_logsnr",)
 SAMPLERS = ("ddpm", "ddim", "heun", "dpm_solver_2m", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc")
 SCALED = ("classifier", "classifier_free", "clip")  # guidance that has a scale
+EMBEDDINGS = ("image_embedding", "text_embedding", "text_features")  # conditions that a CLIP makes
 NEEDS_PATH = ("folder", "captions", "tfds", "mix")
 
 STAGE: dict[str, Field] = {
-    "shape": _int((32, 32, 3), 1, 8192, lengths=(3, 3)),
-    "takes": _choice((), "label", "text", "inpaint", "low_res"),
+    "shape": _int((32, 32, 3), 1, 8192, lengths=(1, 3)),  # of a prior, the size of the embedding
+    "takes": _choice((), "label", "text", "inpaint", "low_res", *EMBEDDINGS),
     "num_classes": _int(0, high=10**7),
     "low_res.factor": _int(4, 2, 64),
     "low_res.noise": _float(0.0, 0, 1),
@@ -135,6 +136,10 @@ STAGE: dict[str, Field] = {
     "text.vocab": Field("", str),
     "text.length": _int(128, 1, 4096),
     "inpaint.empty": _float(0.0, 0, 1),
+    "clip": Field("", str),  # the section of the CLIP whose embeddings it takes or makes
+    "embedding.norm": _float(0.0, 0, 10**4),  # of a CLIP: the length its embeddings are given; 0: their own
+    "embedding.mean": _float((), -(10**4), 10**4, lengths=(0, 8192)),  # a prior works on (embedding - mean) / std
+    "embedding.std": _float((), 0, 10**4, above=True, lengths=(0, 8192)),
     "data.name": _choice(
         "cifar10", "digits", "shapes", "photos", "folder", "captions", "cifar10", "mnist", "tfds", "mix"
     ),
@@ -149,7 +154,7 @@ STAGE: dict[str, Field] = {
     "data.holdout": Field((), str, lengths=(0, 48)),
     "data.single": Field(False, bool),
     "data.label": Field("label", str),
-    "net.name": _choice("unet", "unet", "classifier", "clip"),
+    "net.name": _choice("unet", "unet", "classifier", "clip", "prior"),
     "net.channels": _int(128, 4, 2**16),
     "net.channel_mult": _float((1, 2, 2, 2), 0, 64, above=True, lengths=(1, 12)),
     "net.num_res_blocks": _int(2, 1, 64),
@@ -165,6 +170,8 @@ STAGE: dict[str, Field] = {
     "net.norm_eps": _float(1e-5, 0, 1, above=True),
     "net.groups": _int(32, 1, 2**16),
     "net.kernel_init": _choice("torch", "torch", "ho"),
+    "net.mid_attention": Field(True, bool),
+    "net.low_res_resize": _choice("bilinear", "bilinear", "bicubic"),
     "net.pool": _choice("attention", "attention", "adaptive", "spatial", "spatial_v2"),
     "net.text.width": _int(512, 1, 2**16),
     "net.text.layers": _int(16, 1, 256),
@@ -172,6 +179,11 @@ STAGE: dict[str, Field] = {
     "net.text.vocab_size": _int(0, high=10**7),
     "net.text.final_norm": Field(True, bool),
     "net.text.padding_embedding": Field(True, bool),
+    "net.prior.width": _int(2048, 1, 2**16),
+    "net.prior.layers": _int(24, 1, 256),
+    "net.prior.heads": _int(32, 1, 1024),
+    "net.clip.tokens": _int(4, 1, 256),  # that a U-Net makes of an image embedding
+    "net.clip.sequence_width": _int(1536, 1, 2**16),  # of them, where no trained text transformer says it
     "net.image.width": _int(768, 1, 2**16),
     "net.image.layers": _int(12, 1, 256),
     "net.image.heads": _int(12, 1, 1024),
@@ -200,9 +212,13 @@ STAGE: dict[str, Field] = {
     "loss.weight": _float(1.0, 0, 10**6, above=True),
     "timesteps.name": _choice("uniform", "uniform", "stratified", "loss_second_moment"),
     "drop": _float(0.0, 0, 1, below=True),
+    "drop_text": _float(0.0, 0, 1, below=True),  # of the caption, on its own; 0: together with the rest
     "guidance": _choice(("clip_denoised",), "clip_denoised", "dynamic_threshold", "keep_known", *SCALED),
     "guidance_scale": _float(1.0, -(10**4), 10**4),
+    "limit": _float(1.0, 0, 10**4, above=True),  # of 'clip_denoised'
+    "candidates": _int(1, 1, 64),  # that a prior makes, of which the one nearest to the caption is kept
     "classifier": Field("", str),
+    "last": Field("", str),  # the section of a network for the last step of sampling
     "workdir": Field("", str),
     "sampler.name": _choice("ddpm", *SAMPLERS),
     "sampler.eta": _float(0.0, 0, 1),
@@ -340,11 +356,14 @@ def tiny(config: ConfigDict, data: str = "digits") -> ConfigDict:
     channels, classes = EMBEDDED[data]
     for name in trained_sections(config):
         stage = config[name]
-        stage.shape = (16, 16, channels)
+        if not is_prior(stage):
+            stage.shape = (16, 16, channels)
         stage.num_classes = classes if "label" in stage.takes or is_classifier(stage) else 0
         stage.data.update(name=data, path="", flip=False, crop="center")
         stage.net.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
         stage.net.update(groups=8, dropout=0.0, head_channels=16 if stage.net.head_channels else 0)
+        if is_prior(stage):
+            stage.net.prior.update(width=64, layers=2, heads=4)
         if "text" in stage.takes:
             stage.text.update(tokenizer="demo", length=16)
             stage.net.text.update(width=64, layers=2, heads=4)
@@ -657,10 +676,12 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
     before = None
     for name in trained_sections(config):
         stage, where = config[name], f"config.{name}"
+        _check_shape(stage, where)
         _check_conditions(stage, where)
-        if not is_clip(stage):
+        if not is_clip(stage) and not is_prior(stage):
             _check_net(stage, where)
         _check_schedule(stage.schedule, f"{where}.schedule")
+        _check_embeddings(config, stage, where)
         if is_clip(stage):
             _check_clip(stage, where)
         elif is_classifier(stage):
@@ -668,8 +689,12 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
         else:
             _check_guidance(config, stage, where)
             _check_diffusion(stage, where)
-            _check_low_res(stage, where, before and config[before], before)
-            before = name
+            if is_prior(stage):
+                _check_prior(config, stage, where)
+            in_row = makes_pictures(stage) and name in config.stages
+            _check_low_res(stage, where, config[before] if before and in_row else None, before)
+            _check_last(config, stage, where)
+            before = name if in_row else before
             for steps in config.eval.steps:
                 _check_steps(stage, "config.eval.steps", steps)
         _check_train(stage, where, device_count, process_count)
@@ -677,6 +702,12 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
         raise UserError(
             f"config.eval.levels is {config.eval.levels}, but no stage takes a noised picture; leave it empty, or set "
             "the low_res.noise of a stage"
+        )
+    last = [name for name in config.stages if is_sampled(config[name])][-1:]
+    if config.eval.bpd_num and any(set(config[name].takes) & {*EMBEDDINGS} for name in last):
+        raise UserError(
+            f"config.eval.bpd_num must be 0, as config.{last[0]} takes embeddings, got {config.eval.bpd_num}; bits per "
+            "dimension are of a stage that takes none"
         )
     if config.sample.save and any(config[name].low_res.truncated for name in config.stages):
         raise UserError("config.sample.save keeps clean pictures, but a stage's low_res.truncated leaves noise on them")
@@ -692,15 +723,43 @@ def is_clip(section: Mapping[str, Any]) -> bool:
     return section["net"]["name"] == "clip"
 
 
-def makes_pictures(section: Mapping[str, Any]) -> bool:
-    """Whether a section describes a diffusion stage, and not a model that only guides one."""
+def is_prior(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes a prior, a diffusion stage whose sample is an embedding."""
+    return section["net"]["name"] == "prior"
+
+
+def is_sampled(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes a diffusion stage, and not a classifier or CLIP."""
     return not is_classifier(section) and not is_clip(section)
 
 
+def makes_pictures(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes a diffusion stage whose sample is a picture."""
+    return is_sampled(section) and not is_prior(section)
+
+
 def trained_sections(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sections that a config trains or needs trained: its stages, and the classifiers and CLIPs that guide them."""
-    guides = [config[name]["classifier"] for name in config["stages"]]
-    return tuple(dict.fromkeys([*config["stages"], *(g for g in guides if g in config)]))
+    """The sections that a config trains or needs trained, in this order: the CLIPs whose embeddings its stages read,
+    the stages, and what helps these to sample: classifiers and CLIPs that guide, networks for the last step."""
+    stages = config["stages"]
+    named = [[config[name][field] for name in stages] for field in ("clip", "classifier", "last")]
+    clips, guides, last = ([name for name in names if name in config] for names in named)
+    return tuple(dict.fromkeys([*clips, *stages, *guides, *last]))
+
+
+def picture_shape(config: Mapping[str, Any], name: str) -> tuple[int, int, int]:
+    """(H, W, C) of the pictures that training a section reads.
+
+    A prior reads those of its CLIP. A stage that takes image embeddings reads a whole multiple of its own, which is no
+    smaller than its CLIP's.
+    """
+    section = config[name]
+    clip = config[section["clip"]]["shape"] if section["clip"] else None
+    if is_prior(section):
+        return tuple(clip)
+    height, width, channels = section["shape"]
+    times = -(-clip[0] // height) if "image_embedding" in section["takes"] else 1
+    return (times * height, times * width, channels)
 
 
 def _check_known(path: str, value: Any, fields: Mapping[str, Field]):
@@ -734,6 +793,13 @@ def _check_value(path: str, field: Field, value: Any):
     wrong = [item for item in items if isinstance(item, str) and item not in field.choices]
     hint = closest(wrong[0], field.choices) if wrong and field.choices else ""
     raise UserError(f"{_bad(path, field.allowed, value)}{hint}")
+
+
+def _check_shape(stage: ConfigDict, where: str):
+    if is_prior(stage) and len(stage.shape) != 1:
+        raise UserError(f"{where}.shape must be one number for a prior, the size of the embedding, got {stage.shape}")
+    if not is_prior(stage) and len(stage.shape) != 3:
+        raise UserError(f"{where}.shape must be (height, width, 1) or (height, width, 3), got {stage.shape}")
 
 
 def _check_conditions(stage: ConfigDict, where: str):
@@ -771,6 +837,13 @@ def _check_conditions(stage: ConfigDict, where: str):
         )
     if "text" in stage.takes and text.width % text.heads:
         raise UserError(f"{where}.net.text.heads must divide {where}.net.text.width, {text.width}, got {text.heads}")
+    for kind, section in (("prior", stage.net.prior), ("clip", stage.embedding)):
+        path = "net.prior" if kind == "prior" else "embedding"
+        default = stage_defaults().net.prior if kind == "prior" else stage_defaults().embedding
+        if stage.net.name != kind and section.to_dict() != default.to_dict():
+            raise UserError(
+                f"{where}.{path} is set, but {where}.net.name is {stage.net.name!r}; it is for {kind!r}: leave it alone"
+            )
     for condition, section in (("text", stage.text), ("inpaint", stage.inpaint), ("text", text)):
         path = "net.text" if section is text else condition
         default = stage_defaults().net.text if section is text else stage_defaults()[condition]
@@ -781,14 +854,15 @@ def _check_conditions(stage: ConfigDict, where: str):
 
 
 def _check_texts_agree(config: ConfigDict):
-    """Stages read one prompt, in one vocabulary."""
-    readers = [name for name in config.stages if "text" in config[name].takes]
+    """Stages read one prompt, in one vocabulary; CLIPs in theirs."""
+    readers = [name for name in config.stages if "text" in config[name].takes and is_sampled(config[name])]
     for name in readers[1:]:
         if config[name].text != config[readers[0]].text:
             raise UserError(
                 f"config.{name}.text must equal config.{readers[0]}.text, as both read one prompt; got "
                 f"{_show(config[name].text.to_dict())} and {_show(config[readers[0]].text.to_dict())}"
             )
+    readers += [n for n in config.stages if set(config[n].takes) & {"text_embedding", "text_features"}]
     if config.sample.prompts and not readers:
         raise UserError("config.sample.prompts is set, but no stage takes 'text'; leave it empty")
 
@@ -919,16 +993,97 @@ def _check_clip(stage: ConfigDict, where: str):
         raise UserError(f"{where}.timesteps.name 'loss_second_moment' is for the bound; a CLIP takes 'uniform'")
 
 
+def _check_embeddings(config: ConfigDict, stage: ConfigDict, where: str):
+    """A stage that reads or makes embeddings, and the CLIP that it gets them from."""
+    taken = [name for name in stage.takes if name in EMBEDDINGS]
+    if not taken and not is_prior(stage):
+        if stage.clip:
+            raise UserError(
+                f"{where}.clip is {stage.clip!r}, but {where}.takes has none of {', '.join(map(repr, EMBEDDINGS))}; "
+                "leave clip empty or add one"
+            )
+        return
+    clip = config.get(stage.clip, None)
+    if not isinstance(clip, ConfigDict) or "net" not in clip or not is_clip(clip):
+        there = [name for name in _sections(config) if is_clip(config[name])]
+        hint = f"; there is {', '.join(there)}" if there else "; its net.name is 'clip'"
+        raise UserError(f"{where}.clip must name the section of a CLIP, got {stage.clip!r}{hint}")
+    others = {config[name].clip for name in config.stages if config[name].clip} - {stage.clip}
+    if others:
+        raise UserError(f"{where}.clip is {stage.clip!r} and that of another stage {others.pop()!r}; use one CLIP")
+    if clip.net.image.noised:
+        raise UserError(f"config.{stage.clip}.net.image.noised must be false for a CLIP whose embeddings {where} reads")
+    if is_prior(stage):
+        return
+    if stage.shape[0] * clip.shape[1] != stage.shape[1] * clip.shape[0] or stage.shape[2] != clip.shape[2]:
+        raise UserError(
+            f"{where}.shape must have the proportions and channels of its CLIP's, config.{stage.clip}.shape "
+            f"{clip.shape}, got {stage.shape}"
+        )
+
+
+def _check_prior(config: ConfigDict, stage: ConfigDict, where: str):
+    clip, net = config[stage.clip], stage.net.prior
+    if stage.shape != (clip.net.features,):
+        raise UserError(
+            f"{where}.shape must be ({clip.net.features},), config.{stage.clip}.net.features, got {stage.shape}"
+        )
+    readable = ("text", "text_features", "text_embedding")
+    if not stage.takes or set(stage.takes) - {*readable}:
+        some = ", ".join(map(repr, readable))
+        raise UserError(f"{where}.takes must be some of {some} for a prior, got {stage.takes}")
+    if net.width % net.heads:
+        raise UserError(f"{where}.net.prior.heads must divide {where}.net.prior.width, {net.width}, got {net.heads}")
+    for field, value, allowed in (
+        ("loss.name", stage.loss.name, ("simple",)),
+        ("timesteps.name", stage.timesteps.name, ("uniform", "stratified")),
+        ("predicts", stage.predicts, ("x", "eps", "v")),
+        *(("guidance", name, ("classifier_free", "clip_denoised")) for name in stage.guidance),
+    ):
+        if value not in allowed:
+            raise UserError(f"{where}.{field} must be of {', '.join(map(repr, allowed))} for a prior, got {value!r}")
+    if stage.candidates > 1 and "text_embedding" not in stage.takes:
+        raise UserError(f"{where}.candidates must be 1 where {where}.takes has no 'text_embedding' to compare with")
+    for name in ("mean", "std"):
+        count = len(clip.embedding[name])
+        if count not in (0, 1, *stage.shape):
+            raise UserError(
+                f"config.{stage.clip}.embedding.{name} must be 0, 1 or {stage.shape[0]} numbers, got {count} of them"
+            )
+
+
+def _check_last(config: ConfigDict, stage: ConfigDict, where: str):
+    """The network that takes over in the last step of sampling."""
+    if not stage.last:
+        return
+    other = config.get(stage.last, None)
+    if not isinstance(other, ConfigDict) or "net" not in other or config[stage.last] is stage:
+        raise UserError(f"{where}.last must name another section, of the same network, got {stage.last!r}")
+    for field in ("shape", "takes", "net", "schedule", "predicts", "variance"):
+        if other[field] != stage[field]:
+            raise UserError(f"{where}.{field} must equal that of its network for the last step, config.{stage.last}")
+    if stage.takes != ("low_res",):
+        raise UserError(f"{where}.last is for a stage that takes 'low_res' alone, got {where}.takes {stage.takes}")
+
+
 def _check_guidance(config: ConfigDict, stage: ConfigDict, where: str):
     scaled = [name for name in stage.guidance if name in SCALED]
     if len(set(stage.guidance)) < len(stage.guidance):
         raise _bad(f"{where}.guidance", "different names", stage.guidance)
     if len(scaled) > 1:
         raise UserError(f"{where}.guidance names {' and '.join(scaled)}, which share one scale; choose one")
-    if stage.drop and not {"label", "text"} & set(stage.takes):
+    if stage.drop and not {"label", "text", *EMBEDDINGS} & set(stage.takes):
         raise UserError(
             f"{where}.drop is {stage.drop:g}, but {where}.takes has no 'label' or 'text' to withhold; set drop to 0"
         )
+    if stage.drop_text and not (stage.drop and {"text", "text_embedding", "text_features"} & set(stage.takes)):
+        raise UserError(
+            f"{where}.drop_text is {stage.drop_text:g}; it needs {where}.drop above 0 and a caption in {where}.takes"
+        )
+    if stage.limit != 1 and "clip_denoised" not in stage.guidance:
+        raise UserError(f"{where}.limit is {stage.limit:g}, but {where}.guidance has no 'clip_denoised'; leave it at 1")
+    if stage.candidates > 1 and not is_prior(stage):
+        raise UserError(f"{where}.candidates is {stage.candidates}, but {where} is no prior; leave it at 1")
     if "keep_known" in stage.guidance and "inpaint" not in stage.takes:
         raise UserError(f"{where}.guidance 'keep_known' needs 'inpaint' in {where}.takes; add it or leave it out")
     if "classifier_free" in scaled and not stage.drop:
@@ -949,6 +1104,10 @@ def _check_guidance(config: ConfigDict, stage: ConfigDict, where: str):
         there = [name for name in _sections(config) if is_kind(config[name])]
         hint = f"; there is {', '.join(there)}" if there else f"; its net.name is {kind.lower()!r}"
         raise UserError(f"{where}.classifier must name the section of a {kind}, got {stage.classifier!r}{hint}")
+    if is_clip(guide) and stage.clip and config[stage.clip].text != guide.text:
+        raise UserError(
+            f"config.{stage.classifier}.text must equal config.{stage.clip}.text, as {where} reads a caption by both"
+        )
     if is_clip(guide) and not guide.net.image.noised:
         raise UserError(f"config.{stage.classifier}.net.image.noised must be true for a CLIP that guides {where}")
     for field in ("shape", "schedule", *(("num_classes",) if stage.num_classes and kind == "classifier" else ())):

@@ -89,6 +89,21 @@ def keep_known() -> Guidance:
     return wrap
 
 
+def finish_with(last: Denoiser) -> Guidance:
+    """Lets another denoiser take the last step, to clean data, as karlo's upsampler does."""
+
+    def wrap(denoise: Denoiser) -> Denoiser:
+        def denoiser(z, step, **cond):
+            # all examples walk the same steps
+            return jax.lax.cond(
+                jnp.all(step.s.is_clean), lambda: last(z, step, **cond), lambda: denoise(z, step, **cond)
+            )
+
+        return denoiser
+
+    return wrap
+
+
 def dynamic_threshold(percentile: float = 99.5) -> Guidance:
     """Clips x per picture to its `percentile` of |x|, at least 1, and scales back to [-1, 1] (Imagen, section 2.3)."""
 

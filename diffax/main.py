@@ -41,7 +41,9 @@ def run_train(job: Job) -> None:
         raise UserError(
             f"{chosen} is trained elsewhere; config.{chosen}.workdir={config[chosen]['workdir']}; leave that empty"
         )
-    sources = {name: data.load_source(config[name]["data"], shape=config[name]["shape"]) for name in names}
+    sources = {
+        name: data.load_source(config[name]["data"], shape=configs.picture_shape(config, name)) for name in names
+    }
     for name in names:
         check_data(name, config[name], sources[name])
         pipeline.text_tokenizer(config[name])  # a vocabulary that is missing is told of now
@@ -62,8 +64,11 @@ def is_trained(job: Job, name: str) -> bool:
 
 def check_data(name: str, section: dict[str, Any], source: data.Source) -> None:
     """Raises UserError if the data cannot feed the stage."""
-    if "text" in section["takes"] and not data.can_caption(source):
-        raise UserError(f"{name} takes 'text' and the data have no captions; {name}.data; see data.name='captions'")
+    for taken in {"text", "text_embedding", "text_features"} & {*section["takes"]}:
+        if not data.can_caption(source):
+            raise UserError(
+                f"{name} takes {taken!r} and the data have no captions; {name}.data; see data.name='captions'"
+            )
     if "label" in section["takes"] or configs.is_classifier(section):
         if "label" not in source.keys:
             raise UserError(f"{name} takes 'label' and the data have none; {name}.data; sort them into sub-folders")
@@ -77,7 +82,9 @@ def check_data(name: str, section: dict[str, Any], source: data.Source) -> None:
 def train_stage(job: Job, name: str, source: data.Source) -> None:
     """Trains one stage or classifier into its own folder of the workdir."""
     config, section = job.config, job.config[name]
-    model = stages.build(config, name)
+    model, prepare = stages.build(config, name), None
+    if section["clip"]:
+        model, prepare = pipeline.with_frozen_clip(model, config, job.workdir)
     run = train.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
     folder = job.workdir / name
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as found:
@@ -89,19 +96,22 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
         images.write_atomically(folder / "classes.json", lambda f: f.write(names.encode()))
 
     def batches(first_step: int):
-        return data.batches(
-            source,
+        keys = [k for k in model.reads if k in source.keys]
+        by_clip = prepare and "clip_text" in model.reads
+        found = data.batches(
+            data.captioned(source) if by_clip else source,
             section["data"],
-            shape=section["shape"],
+            shape=configs.picture_shape(config, name),
             batch_size=section["train"]["batch_size"],
             seed=config["seed"],
             start_step=first_step,
             process_index=parallel.process_index(),
             process_count=parallel.process_count(),
-            keys=tuple(k for k in model.reads if k in source.keys),
+            keys=(*keys, *(["caption"] if by_clip else [])),
             tokenize=pipeline.text_tokenizer(section),
             low_res=section["low_res"] if section["low_res"]["jpeg"] else None,
         )
+        return map(prepare, found) if prepare else found
 
     train.fit(
         run,
@@ -130,11 +140,10 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
             evaluate.write_classifier_report(folder, found, step)
 
         return score
-    if model.guide and not is_trained(job, model.guide.name):
+    others = [other for other in model.sections if other != model.name]
+    if model.emits != "low_res" or not all(is_trained(job, other) for other in others):
         return None
-    guide = {}
-    if model.guide:
-        guide[model.guide.name] = pipeline.load_params(config, model.guide.name, job.workdir)[0]
+    guide = {other: pipeline.load_params(config, other, job.workdir)[0] for other in others}
     real = evaluate.held_out_examples(section, 8) if model.low_res else None
 
     def draw(params, step):
@@ -237,6 +246,11 @@ def run_sample(job: Job) -> None:
     if job.args.output and path.exists() and not job.args.overwrite:
         raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
     sample_fn = load_trained(job)
+    if sample_fn.stages[-1].emits != "low_res":
+        raise UserError(
+            f"{sample_fn.stages[-1].name} makes embeddings and no pictures; --mode=sample; use the config of a whole "
+            "system, such as configs/dalle2.py"
+        )
     if parallel.process_index() != 0:
         return
     if prompts and not sample_fn.tokenizers:
@@ -261,7 +275,8 @@ def run_sample(job: Job) -> None:
         found = write_samples(sample_fn, job.config, path, class_names(job), prompts)
         made, label = found["made"], found.get("label")
     print(f"samples: {path}")
-    for name, pictures in made.items() if c["save"] else ():
+    for name in [stage.name for stage in sample_fn.stages if stage.emits == "low_res"] if c["save"] else ():
+        pictures = made[name]
         images.check_finite(pictures)
         # What a later stage reads, rounded as it would have done.
         kept = images.to_uint8(pictures, nearest=name != sample_fn.stages[-1].name)
@@ -340,7 +355,7 @@ def run_evaluate(job: Job) -> None:
     """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures."""
     config = job.config
     for name in configs.trained_sections(config):
-        if config["eval"]["num"] and not configs.makes_pictures(config[name]) and is_trained(job, name):
+        if config["eval"]["num"] and not configs.is_sampled(config[name]) and is_trained(job, name):
             evaluate_guide(job, name)
     if not any(configs.makes_pictures(config[name]) for name in config["stages"]):
         return

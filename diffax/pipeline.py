@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,10 @@ NOT_IN_THE_NETWORK = (
     "timesteps",
     "guidance",
     "guidance_scale",
+    "limit",
+    "candidates",
     "classifier",
+    "last",
     "workdir",
     "sampler",
     "steps",
@@ -64,7 +67,7 @@ class SampleFn:
 
     Attributes:
       stages: the stages, in order.
-      params: {section: parameters}, of the stages and the classifiers that guide them.
+      params: {section: parameters}, of the stages, the classifiers that guide them and the CLIPs that they use.
       config: the config they were trained with, as a plain dict.
       step: {section: training step of the parameters}.
     """
@@ -77,8 +80,11 @@ class SampleFn:
     @property
     def takes(self) -> tuple[str, ...]:
         """The conditions that a call must give."""
-        later = (c for s in self.stages[1:] for c in s.reads if c != "low_res")
-        return tuple(dict.fromkeys((*self.stages[0].reads, *later)))
+        given, made = [], set()
+        for stage in self.stages:
+            given += [name for name in stage.reads if name not in made]
+            made.add(stage.emits)
+        return tuple(dict.fromkeys(given))
 
     @property
     def num_classes(self) -> int:
@@ -87,9 +93,10 @@ class SampleFn:
 
     @functools.cached_property
     def tokenizers(self) -> Mapping[str, tokenizer.Tokenizer]:
-        """{condition: prompts -> its ids}: 'text' of stages that read any, 'clip_text' of a CLIP that guides one."""
+        """{condition: prompts -> its ids}: 'text' of stages that read any, 'clip_text' of a CLIP that reads for one."""
         readers = [("text", s.name) for s in self.stages if "text" in s.takes]
-        readers += [("clip_text", s.guide.name) for s in self.stages if isinstance(s.guide, stages.Clip)]
+        clips = [model for s in self.stages if "clip_text" in s.reads for model in (s.clip, s.guide)]
+        readers += [("clip_text", model.name) for model in clips if isinstance(model, stages.Clip)]
         return {condition: text_tokenizer(self.config[name]) for condition, name in readers}
 
     def __call__(
@@ -121,7 +128,7 @@ class SampleFn:
           key: a seed or a typed PRNG key.
           n: how many; by default as many as there are conditions, else 1.
           first: the number i of the first one: with n, pictures that an earlier call did not come to.
-          prompt: what the pictures show, if a stage takes 'text': one text for all, or one each; a long one is cut.
+          prompt: what the pictures show, if a stage reads text: one text for all, or one each; a long one is cut.
           guidance: scale of the classifier's or of classifier-free guidance, one for all pictures or one each; see
             `diffax.guidance` for what 0 and 1 mean. {stage: scale} where stages differ. By default the config's.
           image: [h, w, C] or [n, h, w, C], uint8 or floats in [-1, 1]. Without `mask` and `strength` it is what the
@@ -139,10 +146,11 @@ class SampleFn:
           keep: also return this many estimates of each picture on the way (DDPM's progressive generation).
           every_stage: return {stage: pictures} of all stages.
           batch_size: pictures made at once.
-          **cond: a value for every picture, or one for all: label, an integer or a list of them.
+          **cond: a value for every picture, or one for all: label, an integer or a list of them; image_embedding, from
+            `embed`, of a decoder without a prior before it.
 
         Returns:
-          [n, H, W, C] float32 in [-1, 1]; with `keep`, also [n, keep, H, W, C].
+          [n, H, W, C] float32 in [-1, 1]; with `keep`, also [n, keep, H, W, C]. Embeddings [n, E] of a prior alone.
 
         Raises:
           UserError: a condition is missing, unknown or out of range; n, guidance, steps or sampler cannot be.
@@ -163,6 +171,8 @@ class SampleFn:
             raise UserError(f"unknown sampler {sampler!r}{near}; sample_fn; use one of {', '.join(samplers.SAMPLERS)}")
         if batch_size < 1 or keep < 0 or (keep and every_stage):
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
+        if keep and self.stages[-1].emits != "low_res":
+            raise UserError(f"keep is {keep}, but {self.stages[-1].name} makes no pictures; sample_fn; leave it out")
         try:
             run = _compiled(
                 self.stages,
@@ -196,6 +206,32 @@ class SampleFn:
         if name not in names:
             raise UserError(f"unknown stage {name!r}; sample_fn.starting_at; stages are {', '.join(names)}")
         return dataclasses.replace(self, stages=self.stages[names.index(name) :])
+
+    def embed(self, image: np.ndarray, *, batch_size: int = 64) -> np.ndarray:
+        """The image embeddings of pictures, for `sample_fn(key, image_embedding=...)`: variations of them (DALL-E 2).
+
+        Args:
+          image: [h, w, C] or [n, h, w, C], uint8 or floats in [-1, 1], of the CLIP's proportions.
+          batch_size: pictures at once.
+
+        Returns:
+          [E] or [n, E] float32.
+
+        Raises:
+          UserError: no stage has a CLIP, or a picture cannot be read.
+        """
+        clip = next((s.clip for s in self.stages if s.clip), None)
+        if clip is None:
+            raise UserError("no stage takes embeddings; sample_fn.embed; load a model with a CLIP")
+        image = images.as_floats(image)
+        if image.ndim not in (3, 4) or image.shape[-1] != clip.shape[-1] or not image.size:
+            raise UserError(
+                f"image is {image.shape}; sample_fn.embed; pass one picture [h, w, {clip.shape[-1]}] or several"
+            )
+        run, params = _embedder(clip), self.params[clip.name]
+        rows = image[None] if image.ndim == 3 else image
+        parts = [np.asarray(run(params, rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
+        return np.concatenate(parts)[0] if image.ndim == 3 else np.concatenate(parts)
 
     def _read(self, prompt: str | Sequence[str]) -> dict[str, np.ndarray]:
         """{condition: ids of prompts}, [L] of a single text or [n, L]."""
@@ -264,9 +300,12 @@ class SampleFn:
                 raise UserError(f"condition {name!r} is not taken; sample_fn; it takes {list(self.takes) or 'none'}")
         for name in self.takes:
             if name not in cond:
-                wanted = {"text": "prompt='...'", "clip_text": "prompt='...'", "low_res": "image=[h, w, C]"}.get(
-                    name, f"{name}=[...]"
-                )
+                wanted = {
+                    "text": "prompt='...'",
+                    "clip_text": "prompt='...'",
+                    "low_res": "image=[h, w, C]",
+                    "image_embedding": "image_embedding=sample_fn.embed(image)",
+                }.get(name, f"{name}=[...]")
                 raise UserError(f"condition {name!r} is missing; sample_fn; pass {wanted}")
         arrays = {}
         for name, value in cond.items():
@@ -280,6 +319,13 @@ class SampleFn:
             if name == "low_res" and (wrong or array.ndim not in (CONDITIONS[name], CONDITIONS[name] + 1)):
                 shape = getattr(value, "shape", "ragged")
                 raise UserError(f"condition {name} is {shape}; sample_fn; pass one picture [h, w, C], or [n, h, w, C]")
+            if name == "image_embedding" and not wrong:
+                size = next(s.clip.net.image.features for s in self.stages if s.clip)
+                if array.ndim not in (1, 2) or array.shape[-1] != size or not np.isfinite(array).all():
+                    raise UserError(
+                        f"image_embedding is {array.shape}, or not finite; sample_fn; pass [{size}] or [n, {size}], "
+                        "from sample_fn.embed(image)"
+                    )
             if wrong:
                 raise UserError(f"condition {name} is {value!r}; sample_fn; pass one or a list of integers")
             arrays[name] = _one_each(name, array.astype(kind), n, CONDITIONS.get(name, 0))
@@ -345,7 +391,7 @@ def _numbers(what: str, given: Any, own: Mapping[str, float], n: int, *, none: s
 
 
 # Conditions that are arrays themselves, and their rank; the others are numbers.
-CONDITIONS = {"low_res": 3, "text": 1, "clip_text": 1, "picture": 3, "known": 3}
+CONDITIONS = {"low_res": 3, "text": 1, "clip_text": 1, "image_embedding": 1, "picture": 3, "known": 3}
 
 
 def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
@@ -379,6 +425,12 @@ def _compiled(
         return (out[0], out[1].swapaxes(0, 1)) if keep else out
 
     return parallel.map_batch(run)
+
+
+@functools.lru_cache(maxsize=8)
+def _embedder(clip: stages.Clip):
+    """(parameters, pictures) -> embeddings, over all devices."""
+    return parallel.map_batch(functools.partial(stages.embed_image, clip))
 
 
 def enlarge(
@@ -484,7 +536,7 @@ def load(
     if not built:
         raise UserError(f"no stage makes pictures in {workdir}: it holds a classifier; load the model that it guides")
     params, steps = {}, {}
-    for name in dict.fromkeys(n for s in built for n in (s.name, *([s.guide.name] if s.guide else []))):
+    for name in dict.fromkeys(name for stage in built for name in stage.sections):
         params[name], steps[name] = load_params(config, name, workdir, step=step, decay=decay, raw=raw)
     return SampleFn(tuple(built), params, config, steps)
 
@@ -548,26 +600,30 @@ def spread_labels(n: int, num_classes: int) -> np.ndarray:
 def sample_conditions(sample_fn: SampleFn, n: int, prompts: Sequence[str] = ()) -> dict[str, Any]:
     """Conditions for n pictures without a wish of their own, by their names in a call of `sample_fn`.
 
-    Labels in turn. Prompts in turn, by default those of the config's `sample.prompts`, else captions of the data.
+    Labels in turn. Prompts in turn, by default those of the config's `sample.prompts`, else captions of the data. Of a
+    decoder alone, the embeddings and captions of held-out pictures.
     """
     cond: dict[str, Any] = {}
     labelled = [s for s in sample_fn.stages if "label" in s.reads]
     if labelled:
         cond["label"] = spread_labels(n, labelled[0].num_classes)
+    config, first = sample_fn.config, sample_fn.stages[0].name
+    if "image_embedding" in sample_fn.takes:
+        found = _held_out(config, first, n, captions=bool(sample_fn.tokenizers))
+        turn = np.arange(n) % len(found["image"])
+        cond["image_embedding"] = sample_fn.embed(found["image"])[turn]
+        prompts = prompts or list(found.get("caption", ()))
     if sample_fn.tokenizers:
-        first = sample_fn.stages[0].name
-        prompts = prompts or sample_fn.config["sample"]["prompts"] or captions(sample_fn.config[first], n)
+        prompts = prompts or config["sample"]["prompts"] or list(_held_out(config, first, n)["caption"])
         cond["prompt"] = [prompts[i % len(prompts)] for i in range(n)]
     return cond
 
 
-def captions(section: Mapping[str, Any], limit: int) -> list[str]:
-    """At most `limit` captions of held-out pictures of a section's data."""
-    c, shape = section["data"], section["shape"]
-    found = data.examples(
-        data.held_out(c, shape=shape), c, shape=shape, limit=limit, tokenize=lambda texts: np.zeros((len(texts), 1))
-    )
-    return list(found["caption"])
+def _held_out(config: Mapping[str, Any], name: str, limit: int, *, captions: bool = True) -> dict[str, np.ndarray]:
+    """At most `limit` held-out examples of a section's data, as training reads them; with `captions` also these."""
+    c, shape = config[name]["data"], configs.picture_shape(config, name)
+    tokenize = (lambda texts: np.zeros((len(texts), 1))) if captions else None
+    return data.examples(data.held_out(c, shape=shape), c, shape=shape, limit=limit, tokenize=tokenize)
 
 
 def text_tokenizer(section: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
@@ -578,6 +634,37 @@ def text_tokenizer(section: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
     """
     c = section["text"]
     return tokenizer.build(c["tokenizer"], vocab=c["vocab"], length=c["length"]) if "text" in section["takes"] else None
+
+
+def with_frozen_clip(
+    model: stages.Stage, config: Mapping[str, Any], workdir: str | os.PathLike[str]
+) -> tuple[stages.Stage, Callable[[Mapping[str, Any]], dict[str, np.ndarray]]]:
+    """Prepares the training of a stage that takes or makes embeddings by its CLIP, which was trained before.
+
+    Args:
+      model: the stage.
+      config: the whole config.
+      workdir: where the CLIP was trained, unless its section names another.
+
+    Returns:
+      The stage, told what stands for a withheld caption; and a function from a batch of 'image' (of `picture_shape`)
+      and, for a stage that reads captions by its CLIP, 'caption', to the batch that its objective reads.
+
+    Raises:
+      UserError: there is no trained CLIP.
+    """
+    name = model.clip.name
+    params, _ = load_params(config, name, workdir)
+    read, run = text_tokenizer(config[name]), parallel.map_batch(stages.embed_batch(model))
+
+    def prepare(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        given = {"image": batch["image"]}
+        if "clip_text" in model.reads:
+            given["clip_text"] = read(list(batch["caption"]))
+        rest = {k: v for k, v in batch.items() if k not in ("image", "caption")}
+        return rest | jax.tree.map(np.asarray, run(params, given))
+
+    return stages.withholding_captions(model, params), prepare
 
 
 def starting_params(section: Mapping[str, Any], name: str) -> Params:

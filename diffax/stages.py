@@ -2,10 +2,12 @@
 
 A system is a list of stages. Each is trained alone by `objective`, and they are sampled in one call by `sample_fn`:
 the picture that one stage makes is the `low_res` condition of the next. A noised classifier is trained like a stage,
-and guides one.
+and guides one. A prior is a stage whose sample is no picture but an image embedding of a CLIP, which is trained before
+it and then frozen, the `image_embedding` condition of the next (DALL-E 2).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import conditioning, guidance, losses, models, samplers, schedules, timesteps, tokenizer
+from diffax import codes, conditioning, guidance, losses, models, samplers, schedules, timesteps, tokenizer
 from diffax import config as configs
 from diffax.models import clip
 from diffax.process import diffuse, predict
@@ -63,6 +65,9 @@ class Clip:
       schedule: noise level as a function of u.
       train_steps: T of the schedule.
       timesteps: how training draws u.
+      norm: the length that stages are given its embeddings in; 0: their own.
+      scale: mean and deviation of its image embeddings, which a prior works without.
+      empty: [L] ids of the empty caption.
     """
 
     name: str
@@ -72,6 +77,9 @@ class Clip:
     schedule: Schedule
     train_steps: int
     timesteps: timesteps.TimestepSampler
+    norm: float
+    scale: codes.Scale
+    empty: np.ndarray
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -114,8 +122,9 @@ class Stage:
     Attributes:
       name: the config's section.
       number: its place among the stages, which its noise depends on: the same when those before were sampled earlier.
-      shape: (H, W, C) of what it makes.
+      shape: (H, W, C) of what it makes; (D,) of a prior.
       takes: conditions that its network reads, such as ('label', 'low_res').
+      clip: whose embeddings it takes or makes, frozen; None if there are none.
       low_res: how it meets 'low_res', if it takes that.
       empty: share of the training examples of which it knows no pixel, if it takes 'inpaint'.
       num_classes: number of labels that it, or the classifier that guides it, knows.
@@ -127,10 +136,14 @@ class Stage:
       timesteps: how training draws u.
       loss: what training minimises.
       drop: share of the training examples whose conditions are withheld.
+      drop_text: share of those whose caption is, on its own; 0: with the rest.
       null: {condition: what stands for it where it is withheld}; empty if none ever is.
       guidance: names of `GUIDANCE` that wrap the denoiser in sampling, innermost first.
       scale: of the guidance that has one, where a call gives none.
+      limit: of the guidance 'clip_denoised'.
       guide: what the guidance 'classifier' or 'clip' asks.
+      candidates: how many samples a prior makes, to keep the one nearest to the caption.
+      last: section of the network that takes the last step; '': its own.
       sampler: the sampler.
       temperature: of the noise that sampling starts from.
       sampling: table of the transitions that sampling walks.
@@ -138,8 +151,9 @@ class Stage:
 
     name: str
     number: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     takes: tuple[str, ...]
+    clip: Clip | None
     low_res: LowRes | None
     empty: float
     num_classes: int
@@ -151,19 +165,37 @@ class Stage:
     timesteps: timesteps.TimestepSampler
     loss: losses.Loss
     drop: float
+    drop_text: float
     null: Mapping[str, Any]
     guidance: tuple[str, ...]
     scale: float
+    limit: float
     guide: NoisedClassifier | Clip | None
+    candidates: int
+    last: str
     sampler: samplers.Sampler
     temperature: float
     sampling: Transition
 
     @property
+    def emits(self) -> str:
+        """The condition that its sample is to the stages after it."""
+        return "image_embedding" if len(self.shape) == 1 else "low_res"
+
+    @property
     def reads(self) -> tuple[str, ...]:
-        """Conditions that sampling needs: the network's and the guidance's; not 'inpaint', which may be empty."""
-        takes = [name for name in self.takes if name != "inpaint"]
+        """Conditions that sampling needs: the network's and the guidance's; not 'inpaint', which may be empty.
+
+        What a CLIP makes of a caption is not given, but the caption, as 'clip_text'.
+        """
+        takes = ["clip_text" if name in BY_TEXT_ENCODER else name for name in self.takes if name != "inpaint"]
         return tuple(dict.fromkeys((*takes, *(self.guide.reads if self.guide else ()))))
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """Whose parameters sampling needs: its own, and those of its guide, its CLIP and its last step."""
+        others = [model.name for model in (self.guide, self.clip) if model]
+        return tuple(dict.fromkeys((self.name, *others, *([self.last] if self.last else []))))
 
     @property
     def is_guided(self) -> bool:
@@ -193,10 +225,13 @@ def _clip_guidance(stage: Stage, params: Mapping[str, Params], scale: Array) -> 
 
 
 LARGEST_LOGIT_SCALE = float(np.log(100.0))  # Radford et al. 2021
+BY_TEXT_ENCODER = ("text_embedding", "text_features")  # conditions that a CLIP makes of a caption
+# what no step of sampling changes, read once
+READ_ONCE = ("text", "image_embedding", *BY_TEXT_ENCODER)
 
 # (stage, {section: params}, scale) -> guidance
 GUIDANCE: dict[str, Callable[[Stage, Mapping[str, Params], Array], guidance.Guidance]] = {
-    "clip_denoised": lambda stage, params, scale: guidance.clip_denoised(),
+    "clip_denoised": lambda stage, params, scale: guidance.clip_denoised(stage.limit),
     "dynamic_threshold": lambda stage, params, scale: guidance.dynamic_threshold(),
     "keep_known": lambda stage, params, scale: guidance.keep_known(),
     "classifier": _classifier_guidance,
@@ -230,7 +265,7 @@ def build_classifier(config: Mapping, name: str) -> NoisedClassifier:
         shape=tuple(c["shape"]),
         num_classes=c["num_classes"],
         net=models.build(
-            {k: v for k, v in c["net"].items() if k not in ONLY_CLIP},
+            {k: v for k, v in c["net"].items() if k not in NOT_OF_A_NETWORK},
             shape=tuple(c["shape"]),
             out_channels=c["num_classes"],
         ),
@@ -253,7 +288,13 @@ def build_clip(config: Mapping, name: str) -> Clip:
     text = {key: net["text"][key] for key in ("width", "layers", "heads")}
     text |= {"vocab_size": _vocab_size(c), "length": c["text"]["length"]}
     options = {key: net[key] for key in ("features", "activation", "dtype", "remat")}
-    noised = net["image"]["noised"]
+    noised, embedding = net["image"]["noised"], c["embedding"]
+    mean, std = (
+        np.array(v or (default,), np.float32) for v, default in ((embedding["mean"], 0), (embedding["std"], 1))
+    )
+    empty = np.full(c["text"]["length"], tokenizer.PADDING, np.int32)
+    if c["text"]["tokenizer"] == "clip":
+        empty[:2] = [tokenizer.VOCAB_SIZES["clip"] - 2, tokenizer.VOCAB_SIZES["clip"] - 1]  # start and end
     return Clip(
         name=name,
         shape=shape,
@@ -262,10 +303,13 @@ def build_clip(config: Mapping, name: str) -> Clip:
         schedule=schedule,
         train_steps=train_steps,
         timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
+        norm=embedding["norm"],
+        scale=codes.Scale(mean, std),
+        empty=empty,
     )
 
 
-ONLY_CLIP = ("image", "features", "activation")  # options of `net`
+NOT_OF_A_NETWORK = ("image", "features", "activation", "prior", "clip")  # options of `net`, of others than a U-Net
 
 
 def build_stage(config: Mapping, name: str) -> Stage:
@@ -288,8 +332,14 @@ def build_stage(config: Mapping, name: str) -> Stage:
     settings = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(c["low_res"]).items()}
     low_res = LowRes(**{k: settings[k] for k in LowRes._fields}) if "low_res" in c["takes"] else None
     text = {"vocab_size": _vocab_size(c), "length": c["text"]["length"]}
+    own = {k: v for k, v in c["net"].items() if k not in NOT_OF_A_NETWORK}
+    own |= {"text": {**c["net"]["text"], **text}, **(c["net"]["prior"] if configs.is_prior(c) else {})}
+    if c["clip"]:
+        its = config[c["clip"]]
+        sizes = {"size": its["net"]["features"], "width": its["net"]["text"]["width"], "length": its["text"]["length"]}
+        own["clip"] = {**c["net"]["clip"], **sizes}
     net = models.build(
-        {k: v for k, v in c["net"].items() if k not in ONLY_CLIP} | {"text": {**c["net"]["text"], **text}},
+        own,
         shape=shape,
         takes=(*c["takes"], *(["low_res_time"] if low_res and low_res.noise else [])),
         num_classes=c["num_classes"],
@@ -301,12 +351,13 @@ def build_stage(config: Mapping, name: str) -> Stage:
         _choose(GUIDANCE, guide, "guidance")
     guide = build(config, c["classifier"]) if {"classifier", "clip"} & {*names} else None
     sampler = _choose(samplers.SAMPLERS, c["sampler"]["name"], "sampler.name")
-    makers = [n for n in config["stages"] if configs.makes_pictures(config[n])]
+    makers = [n for n in config["stages"] if configs.is_sampled(config[n])]
     return Stage(
         name=name,
         number=makers.index(name) if name in makers else 0,
         shape=shape,
         takes=tuple(c["takes"]),
+        clip=build_clip(config, c["clip"]) if c["clip"] else None,
         low_res=low_res,
         empty=c["inpaint"]["empty"],
         num_classes=c["num_classes"] or getattr(guide, "num_classes", 0),
@@ -318,10 +369,14 @@ def build_stage(config: Mapping, name: str) -> Stage:
         timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
         loss=_choose(losses.LOSSES, c["loss"]["name"], "loss.name")(c["loss"]["weight"]),
         drop=c["drop"],
+        drop_text=c["drop_text"],
         null=models.null_conditions(net) if c["drop"] else {},
         guidance=names,
         scale=c["guidance_scale"],
+        limit=c["limit"],
         guide=guide,
+        candidates=c["candidates"],
+        last=c["last"],
         sampler=sampler(c["sampler"]["eta"]),
         temperature=c["sampler"]["temperature"],
         sampling=schedules.build_steps(schedule, train_steps, c["steps"]),
@@ -336,7 +391,7 @@ def build(config: Mapping, name: str) -> "Stage | NoisedClassifier | Clip":
 
 def build_stages(config: Mapping) -> list[Stage]:
     """The diffusion stages of a config, in the order in which they are sampled."""
-    return [build_stage(config, name) for name in config["stages"] if configs.makes_pictures(config[name])]
+    return [build_stage(config, name) for name in config["stages"] if configs.is_sampled(config[name])]
 
 
 def init_params(model: Stage | NoisedClassifier | Clip, key: Array) -> Params:
@@ -366,7 +421,61 @@ def guided_denoiser(stage: Stage, params: Mapping[str, Params], scale: Array | N
       The denoiser; with a classifier it also reads 'label', with a CLIP 'clip_text', an embedding [B, E].
     """
     names = [name for name in stage.guidance if scale is not None or name not in SCALED]
-    return guidance.guided(denoiser(stage, params[stage.name]), [GUIDANCE[n](stage, params, scale) for n in names])
+    denoise = denoiser(stage, params[stage.name])
+    if stage.last:
+        denoise = guidance.finish_with(denoiser(stage, params[stage.last]))(denoise)
+    return guidance.guided(denoise, [GUIDANCE[n](stage, params, scale) for n in names])
+
+
+# ---- embeddings -----------------------------------------------------------------------------------------------------
+
+
+def _of_norm(model: Clip, embedding: Array) -> Array:
+    return model.norm * guidance.unit(embedding) if model.norm else embedding
+
+
+def embed_image(model: Clip, params: Params, image: Array) -> Array:
+    """The condition 'image_embedding' [B, E] of pictures [B, H, W, C] in [-1, 1], of the CLIP's size or another."""
+    if image.shape[1:] != model.shape:
+        image = jax.image.resize(image, (len(image), *model.shape), "cubic", antialias=True)
+    return _of_norm(model, model.net.apply({"params": params}, image, method="encode_image"))
+
+
+def embed_text(model: Clip, params: Params, text: Array) -> dict[str, Array]:
+    """The conditions 'text_embedding' [B, E] and 'text_features' [B, L, W], NaN at padding, of captions' ids [B, L]."""
+    embedding, features = model.net.apply({"params": params}, text, method="encode_text")
+    features = jnp.where((text < 0)[..., None], jnp.nan, features)
+    return {"text_embedding": _of_norm(model, embedding), "text_features": features}
+
+
+def embed_batch(stage: Stage) -> Callable[..., dict[str, Array]]:
+    """(frozen CLIP's parameters, {'image', 'clip_text'}) -> what `objective` reads in their place.
+
+    That is 'image', of the stage's size, where it makes pictures, and the embeddings that it takes or makes. Pictures
+    may be a whole number of times larger than the stage's (`config.picture_shape`); 'clip_text' are ids of the CLIP's
+    tokenizer, [B, L], wanted only by a stage that reads captions by it.
+    """
+
+    def embed(params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
+        image, made = batch["image"], {}
+        if "image_embedding" in (*stage.takes, stage.emits):
+            made["image_embedding"] = embed_image(stage.clip, params, image)
+        if names := [name for name in BY_TEXT_ENCODER if name in stage.takes]:
+            text = embed_text(stage.clip, params, batch["clip_text"])
+            made |= {name: text[name] for name in names}
+        if stage.emits == "image_embedding":
+            return made
+        return made | {"image": conditioning.area_downsample(image, image.shape[1] // stage.shape[0])}
+
+    return embed
+
+
+def withholding_captions(stage: Stage, params: Params) -> Stage:
+    """The stage with the empty caption's embeddings, by its CLIP's `params`, in place of a withheld caption's."""
+    if not {*BY_TEXT_ENCODER} & {*stage.null}:
+        return stage
+    nothing = embed_text(stage.clip, params, jnp.asarray(stage.clip.empty)[None])
+    return dataclasses.replace(stage, null=stage.null | {k: nothing[k][0] for k in nothing if k in stage.null})
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -445,11 +554,20 @@ def _as_sampled(low_res: Array, stage: Stage, level: NoiseLevel, keys: Array | N
 MADE = ("low_res", "inpaint")  # conditions that training makes of the picture
 
 
+def _drop_rates(stage: Stage) -> float | dict[tuple[str, ...], float]:
+    """The share of the examples of which each group of conditions is withheld, see `conditioning.drop`."""
+    if not stage.drop_text:
+        return stage.drop
+    text = tuple(name for name in stage.null if name in ("text", *BY_TEXT_ENCODER))
+    return {tuple(name for name in stage.null if name not in text): stage.drop, text: stage.drop_text}
+
+
 def diffusion_objective(stage: Stage) -> Objective:
     """The training objective of a diffusion stage (DDPM algorithm 1; Improved DDPM section 3).
 
-    Batches hold 'image' [n, H, W, C] in [-1, 1] and the conditions that the stage takes. Noise, noise level, dropout
-    and which conditions are withheld depend on an example's own key.
+    Batches hold 'image' [n, H, W, C] in [-1, 1] and the conditions that the stage takes; of a prior 'image_embedding'
+    [n, D] in place of the picture. Noise, noise level, dropout and which conditions are withheld depend on an example's
+    own key. Metrics are the loss and its terms, of a prior also the cosine of the embedding and its estimate.
     """
     # One reverse step for every training step, so that the bound knows where each would go.
     steps = schedules.respaced(stage.schedule, stage.train_steps)[::-1] if stage.train_steps else None
@@ -464,7 +582,10 @@ def diffusion_objective(stage: Stage) -> Objective:
         names = ("noise", "timestep", "dropout", "drop", "crop", "low_res")
         keys = _split(keys, (*names, "inpaint") if "inpaint" in stage.takes else names)
         u, weight = stage.timesteps.draw(extra, keys["timestep"], position, total)
-        x, cond = batch["image"].astype(jnp.float32), {k: batch[k] for k in stage.takes if k not in MADE}
+        x = batch["image_embedding" if stage.emits == "image_embedding" else "image"].astype(jnp.float32)
+        cond = {k: batch[k] for k in stage.takes if k not in MADE}
+        if stage.emits == "image_embedding":
+            x = codes.scaled(x, stage.clip.scale)
         if c := stage.low_res:
             low_res = batch["low_res"] if "low_res" in batch else conditioning.area_downsample(x, c.factor)
             if c.crop:
@@ -475,9 +596,13 @@ def diffusion_objective(stage: Stage) -> Objective:
             cond["inpaint"] = conditioning.masked(x, known)
         noised = losses.noised(x, _normal(keys["noise"], x.shape[1:]), steps_at(u))
         if stage.null:
-            cond = conditioning.drop(cond, keys["drop"], rate=stage.drop, null=stage.null)
+            cond = conditioning.drop(cond, keys["drop"], rate=_drop_rates(stage), null=stage.null)
         out = stage.net.apply({"params": params}, noised.z, noised.step.t.time, cond, dropout_keys=keys["dropout"])
         value, terms = stage.loss(out, noised, predicts=stage.predicts, variance=stage.variance)
+        if stage.emits == "image_embedding":
+            p = predict(out, noised.z, noised.step, predicts=stage.predicts, variance=stage.variance)
+            found, wanted = (guidance.unit(codes.unscaled(v, stage.clip.scale)) for v in (p.x, x))
+            terms = terms | {"cosine": jnp.sum(found * wanted, axis=-1)}
         return value * weight, _by_quarter({"loss": value, **terms}, u), (u, value)
 
     return Objective(
@@ -595,11 +720,12 @@ def sample_fn(
     """The pure sampler of a list of stages, ready for `jax.jit` and `jax.export`.
 
     Args:
-      stages: in order; each one's picture is the next one's `low_res`.
+      stages: in order; each one's picture is the next one's `low_res`, a prior's embedding the later ones'
+        `image_embedding`.
       keep: also return this many estimates of x on the way of the last stage (see `samplers.sample`).
-      every_stage: return what every stage made, {stage: pictures}, in place of the last one's.
-      strength: how much of the first stage's chain is walked, in (0, 1]; below 1 from a noised `picture` and not from
-        noise alone (SDEdit, Meng et al. 2022; GLIDE, section 5).
+      every_stage: return what every stage made, {stage: pictures or embeddings}, in place of the last one's.
+      strength: how much of the chain of the first stage that makes pictures is walked, in (0, 1]; below 1 from a noised
+        `picture` and not from noise alone (SDEdit, Meng et al. 2022; GLIDE, section 5).
 
     Returns:
       (params {section: params}, keys [B], *, guidance=None, level=None, picture=None, known=None, **cond) ->
@@ -610,6 +736,7 @@ def sample_fn(
       stages that have them and by replacement in the others. Picture i depends on keys[i] and the i-th conditions,
       scale and level only.
     """
+    painters = [stage for stage in stages if stage.emits == "low_res"]
 
     def sample(
         params: Mapping[str, Params],
@@ -636,9 +763,14 @@ def sample_fn(
             if stop := _truncated_at(stages[number + 1 : number + 2]):
                 steps = schedules.until(steps, stop)
                 reached = jax.tree.map(lambda a: a[-1], steps.s)
+            scale = jnp.asarray((guidance or {}).get(stage.name, stage.scale), jnp.float32)
+            repeat = functools.partial(jnp.repeat, repeats=stage.candidates, axis=0) if stage.candidates > 1 else _same
+            if stage.candidates > 1:
+                stage_keys = jax.vmap(lambda key, n=stage.candidates: jax.random.split(key, n))(stage_keys).reshape(-1)
+                scale = repeat(scale) if scale.ndim else scale
             noise = samplers.picture_noise(stage_keys, shape)
             z, sampler, here = stage.temperature * noise(jnp.int32(-1)), stage.sampler, None  # nor has this
-            if picture is not None:
+            if picture is not None and stage in painters:
                 factor = stages[-1].shape[0] // stage.shape[0]
                 here = conditioning.shrink_known(
                     picture, jnp.zeros_like(picture[..., :1]) if known is None else known, factor
@@ -646,49 +778,83 @@ def sample_fn(
             if "inpaint" in stage.takes:
                 nothing = jnp.zeros((*z.shape[:3], z.shape[3] + 1))
                 given["inpaint"] = nothing if known is None else conditioning.masked(*here)
-            elif known is not None:
+            elif known is not None and here is not None:
                 sampler = samplers.keep_known(sampler, *here)
-            if number == 0 and strength < 1:
+            if stage in painters[:1] and strength < 1:
                 steps = schedules.last(steps, strength)
                 z = diffuse(here[0], jax.tree.map(lambda a: jnp.broadcast_to(a[0], keys.shape), steps.t), z)
             last = stage is stages[-1]
-            guided, given = _encode_text(stage, params, given)
+            guided, given = _ask_clip(stage, params, given)
+            wanted = given.get("text_embedding")
+            guided, given = _encode_text(guided, params, given)
             out = samplers.sample(
-                guided_denoiser(guided, params, (guidance or {}).get(stage.name, stage.scale)),
+                guided_denoiser(guided, params, scale),
                 z,
                 noise,
                 steps,
                 sampler,
                 keep=keep if last else 0,
-                **given,
+                **jax.tree.map(repeat, given),
             )
             out, kept = out if keep and last else (out, None)
-            if known is not None and reached is None:
+            if stage.emits == "image_embedding":
+                out = codes.unscaled(out, stage.clip.scale)
+            if stage.candidates > 1:
+                out = _nearest(out, wanted)
+            if known is not None and reached is None and here is not None:
                 out = jnp.where(here[1] > 0, here[0], out)
-            made[stage.name] = cond["low_res"] = out
+            made[stage.name] = cond[stage.emits] = out
         return made if every_stage else out if kept is None else (out, kept)
 
     return sample
 
 
-def _encode_text(stage: Stage, params: Mapping[str, Params], cond: dict[str, Array]) -> tuple[Stage, dict[str, Any]]:
-    """Reads the text, and the empty text, before the steps: it depends on none of them (GLIDE, section 3.1)."""
+def _same(a: Array) -> Array:
+    return a
+
+
+def _nearest(embeddings: Array, wanted: Array) -> Array:
+    """Of several embeddings [B * N, E] of each caption the one whose dot product with `wanted` [B, E] is the largest
+    (DALL-E 2, section 2.2): [B, E]."""
+    candidates = embeddings.reshape(len(wanted), -1, wanted.shape[-1])
+    best = jnp.argmax(jnp.einsum("bne,be->bn", candidates, wanted, precision="highest"), axis=1)
+    return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0]
+
+
+def _ask_clip(stage: Stage, params: Mapping[str, Params], cond: dict[str, Array]) -> tuple[Stage, dict[str, Array]]:
+    """Has a caption read by the stage's CLIP, and by that which guides it: none of the steps changes what it says."""
+    cond = dict(cond)
+    ids = cond.pop("clip_text", None)
+    if names := [name for name in BY_TEXT_ENCODER if name in stage.takes]:
+        own = params[stage.clip.name]
+        text = embed_text(stage.clip, own, ids)
+        cond |= {name: text[name] for name in names}
+        stage = withholding_captions(stage, own)
     if isinstance(stage.guide, Clip):
         own, net = params[stage.guide.name], stage.guide.net
-        words, _ = net.apply({"params": own}, cond["clip_text"], method="encode_text")
-        cond = {**cond, "clip_text": words}
-    if "text" not in stage.takes:
+        cond["clip_text"], _ = net.apply({"params": own}, ids, method="encode_text")
+    return stage, cond
+
+
+def _encode_text(stage: Stage, params: Mapping[str, Params], cond: dict[str, Array]) -> tuple[Stage, dict[str, Any]]:
+    """Reads the text and the embeddings, and their absence, before the steps (GLIDE, section 3.1)."""
+    once = {name: cond[name] for name in stage.takes if name in READ_ONCE}
+    if not once:
         return stage, cond
 
-    def encode(text: Array):
-        z = jnp.zeros((len(text), *stage.shape))
-        apply = stage.net.apply
-        return apply({"params": params[stage.name]}, {"text": text}, z, method="encode_conditions")["text"]
+    def encode(cond: Mapping[str, Array]) -> dict[str, models.Context]:
+        z = jnp.zeros((len(next(iter(cond.values()))), *stage.shape))
+        return stage.net.apply({"params": params[stage.name]}, cond, z, method="encode_conditions")
 
-    if "text" in stage.null:
-        nothing = jax.tree.map(lambda a: a[0], encode(jnp.full_like(cond["text"][:1], stage.null["text"])))
-        stage = dataclasses.replace(stage, null={**stage.null, "text": nothing})
-    return stage, {**cond, "text": encode(cond["text"])}
+    withheld = {
+        name: jnp.broadcast_to(jnp.asarray(stage.null[name], a.dtype), (1, *a.shape[1:]))
+        for name, a in once.items()
+        if name in stage.null
+    }
+    if withheld:
+        nothing = jax.tree.map(lambda a: a[0], encode(withheld))
+        stage = dataclasses.replace(stage, null={**stage.null, **nothing})
+    return stage, {**cond, **encode(once)}
 
 
 def _fold_in(keys: Array, number: int) -> Array:

@@ -365,7 +365,7 @@ def test_vocabularies_are_found(monkeypatch, tmp_path, place, compressed):
     folder = tmp_path / ("cache/diffax" if place == "cache" else "here")
     folder.mkdir(parents=True)
     file = folder / ("merges.txt.gz" if compressed else "merges.txt")
-    file.write_bytes(gzip.compress(content) if compressed else content)
+    file.write_bytes(gzip.compress(content, mtime=0) if compressed else content)
     monkeypatch.setenv("DIFFAX_VOCAB", str(folder) if place == "environment" else "")
     vocab = {"folder": str(folder), "file": str(file)}.get(place, "")
     assert tokenizer.build("clip", vocab=vocab, length=4)(["cats"]).tolist() == [[517, 515, 518, -1]]
@@ -384,9 +384,12 @@ def test_rest_of_a_file_of_merges_is_not_used(monkeypatch, tmp_path):
         (None, "no merges.txt or merges.txt.gz; vocab='.*'; give the folder that holds it, from http://127.0.0.1:1/"),
         (b"", "not the published merges.txt: SHA-256 of its content is e3b0c44298fc1c14.*; .*merges.txt; fetch it"),
         (merges_file(MERGES[:-1]), "not the published merges.txt"),
-        (gzip.compress(merges_file(MERGES))[:-12], "damaged vocabulary .*; .*merges.txt; fetch it again from http://"),
+        (
+            gzip.compress(merges_file(MERGES), mtime=0)[:-12],
+            "damaged vocabulary .*; .*merges.txt; fetch it again from http://",
+        ),
         (b"\x1f\x8b\0\0", "damaged vocabulary"),
-        (gzip.compress(b"other"), "not the published merges.txt"),
+        (gzip.compress(b"other", mtime=0), "not the published merges.txt"),
     ],
 )
 def test_other_vocabularies_are_refused(monkeypatch, tmp_path, content, text):
@@ -423,7 +426,7 @@ def server():
             pass
 
     server = socketserver.TCPServer(("127.0.0.1", 0), Handler)  # HTTPServer would look up its own name
-    server.content, server.asked = gzip.compress(merges_file(MERGES)), 0
+    server.content, server.asked = gzip.compress(merges_file(MERGES), mtime=0), 0
     server.url = f"http://127.0.0.1:{server.server_address[1]}/merges.txt.gz"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server

@@ -3,12 +3,13 @@
 from diffax.data import image_ops, shapes
 from diffax.data.load import has_held_out, held_out, load_source, names
 from diffax.data.pipeline import batches, examples
-from diffax.data.source import Source, can_caption
+from diffax.data.source import Source, can_caption, captioned
 
 __all__ = [
     "Source",
     "batches",
     "can_caption",
+    "captioned",
     "examples",
     "has_held_out",
     "held_out",

@@ -1,0 +1,45 @@
+"""The CLIP of DALL-E 2 (Ramesh et al. 2022, arXiv:2204.06125, appendix C): a ViT-H/16 at 256 pixels.
+
+Width 1280 and 32 blocks for pictures, 1024 and 24 for captions. Numbers of heads and the length of a caption are not
+printed; these are 16, and CLIP's 77. 986,339,841 parameters. Batch and optimizer are CLIP's (Radford et al. 2021).
+
+The paper trains with sharpness-aware minimisation, rho 0.1, which is left out here: it was what made few principal
+components tell an embedding, which the autoregressive prior needs and the diffusion prior does not.
+
+Data: a folder of pictures with captions, data/captions below the current one, or --config.clip.data.path=FOLDER. The
+      paper mixes two sets half and half, 650 million pairs together: data.name='mix'.
+Cost: work for a TPU pod.
+Command: python -m diffax.main --config=configs/dalle2_clip.py
+Then: configs/dalle2_prior.py, configs/dalle2_decoder_64.py
+"""
+
+from diffax.config import config_defaults, load, split_variant, tiny
+
+VARIANTS = {"tiny": "32x32 embedded captioned shapes, minutes on a CPU"}
+
+
+def get_config(variant: str = ""):
+    config = config_defaults("dalle2_clip", stages=("clip",))
+    clip = config.clip
+    clip.shape = (256, 256, 3)
+    clip.takes = ("text",)
+    clip.data.update(name="captions", path="data/captions")
+    clip.text.update(tokenizer="clip", length=77)
+    clip.embedding.norm = 17.2  # the paper's factor on embeddings of unit length
+    clip.net.update(name="clip", features=1024, activation="quick_gelu", remat="blocks")
+    clip.net.image.update(width=1280, layers=32, heads=16, patch=16, noised=False)
+    clip.net.text.update(width=1024, layers=24, heads=16)
+    clip.train.update(steps=390_000, batch_size=32_768, learning_rate=3e-4, warmup_steps=2000, anneal="cosine")
+    clip.train.update(optimizer="adamw", weight_decay=0.2, decay="kernels", b2=0.98, eps=1e-6, clip=0.0)
+    clip.train.update(ema=())
+    config.eval.num = 0
+    if "tiny" in split_variant(variant, VARIANTS):
+        tiny(config, "shapes")
+        clip.shape = (32, 32, 3)
+        clip.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
+        clip.embedding.norm = 3.0  # the paper's size of a coordinate
+        clip.net.update(features=32, remat="none")
+        clip.net.image.update(width=64, layers=3, heads=4, patch=4)
+        clip.train.update(steps=2000, batch_size=64, warmup_steps=100, clip=1.0)
+        config.eval.update(num=320, batch_size=64)
+    return config

@@ -1,0 +1,54 @@
+"""The decoder of DALL-E 2: 64x64 pictures from an image embedding and a caption (Ramesh et al. 2022, arXiv:2204.06125).
+
+Section 2.1 and table 3. It is the 3.5 billion parameter base model of GLIDE (configs/glide_base_64.py:paper) with the
+embedding added to the clock, and as four more tokens to attend to. 3,565,435,398 parameters. The embedding of a tenth
+of the pictures is withheld, and the caption of half of them, each on its own.
+
+FID on MS-COCO at 256x256 of the whole system, 30,000 captions, 250 steps, scale 1.25: 10.39 (GLIDE 12.24).
+
+Data: a folder of pictures with captions, data/captions below the current one, or --config.decoder.data.path=FOLDER; of
+      256 pixels, as its CLIP reads them too.
+Cost: 800,000 steps of 2048 pictures.
+Command: python -m diffax.main --config=configs/dalle2_decoder_64.py --config.clip.workdir=runs/dalle2_clip
+Variations of a picture: sample_fn = diffax.load('runs/dalle2_decoder_64')
+                         sample_fn(0, 9, image_embedding=sample_fn.embed(picture), prompt='')
+The whole system: configs/dalle2.py
+"""
+
+from diffax.config import add_section, config_defaults, load, split_variant, tiny
+
+VARIANTS = {"tiny": "32x32 embedded captioned shapes, half an hour on a CPU"}
+
+
+def get_config(variant: str = ""):
+    is_tiny = "tiny" in split_variant(variant, VARIANTS)
+    config = config_defaults("dalle2_decoder_64", stages=("decoder",))
+    stage = config.decoder
+    stage.shape = (64, 64, 3)
+    stage.takes = ("text", "image_embedding")
+    stage.clip = "clip"
+    stage.data.update(name="captions", path="data/captions")
+    stage.text.length = 256
+    stage.net.update(channels=512, channel_mult=(1, 2, 3, 4), num_res_blocks=3, dropout=0.1)
+    stage.net.update(attention=(2, 4, 8), head_channels=64)  # at 32, 16 and 8 pixels
+    stage.net.update(scale_shift=True, resample="biggan", remat="blocks")
+    stage.net.text.update(width=2048, layers=24, heads=32)
+    stage.schedule.update(name="cosine", steps=1000)
+    stage.variance = "learned_range"
+    stage.loss.update(name="hybrid", weight=1.0)  # T / 1000
+    stage.drop, stage.drop_text = 0.1, 0.5
+    stage.guidance, stage.guidance_scale = ("classifier_free", "clip_denoised"), 1.25
+    stage.steps = "250"
+    stage.train.update(steps=800_000, batch_size=2048, learning_rate=1.2e-4, warmup_steps=0)
+    stage.train.update(optimizer="adamw", clip=0.0, ema=(0.9999,))
+    config.sample.update(num=16, batch_size=16, columns=4)
+    if is_tiny:
+        tiny(config, "shapes")
+        stage.shape = (32, 32, 3)
+        stage.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
+        stage.net.update(channels=16, channel_mult=(1, 2, 4), attention=(4,), head_channels=16, remat="none")
+        stage.predicts = "v"  # with eps, reading the conditions takes far longer to learn than minutes
+        stage.train.update(steps=3000, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.998,))
+    add_section(config, "clip", load("dalle2_clip:tiny" if is_tiny else "dalle2_clip").clip)
+    config.eval.num = config.eval.bpd_num = 0  # its captions are scored with the whole system's
+    return config
