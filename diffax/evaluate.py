@@ -31,10 +31,18 @@ from diffax import (
 from diffax.errors import UserError
 
 
-def held_out_examples(section: Mapping[str, Any], limit: int) -> dict[str, np.ndarray]:
-    """At most `limit` records of the test split, or of the split in use where there is no test split."""
+def _no_ids(texts: Sequence[str]) -> np.ndarray:
+    """Stands for a tokenizer where captions alone are wanted."""
+    return np.zeros((len(texts), 1), np.int32)
+
+
+def held_out_examples(section: Mapping[str, Any], limit: int, *, captions: bool = False) -> dict[str, np.ndarray]:
+    """At most `limit` records of the test split, or of the split in use where there is no test split.
+
+    Captions come with them if the section reads text, or if they are asked for.
+    """
     c, shape = section["data"], section["shape"]
-    tokenize = pipeline.text_tokenizer(section)
+    tokenize = pipeline.text_tokenizer(section) or (_no_ids if captions else None)
     return data.examples(data.held_out(c, shape=shape), c, shape=shape, limit=limit, tokenize=tokenize)
 
 
@@ -222,7 +230,7 @@ def caption_scores(
     if not num:
         return
     judge = judges.captions(section)
-    real = held_out_examples(section, num)
+    real = held_out_examples(section, num, captions=True)
     prompts = list(real["caption"])
     unseen = held_out_captions(section, num // 5) if section["data"]["holdout"] else []
     asked = [prompts[i % len(prompts)] for i in range(num)] + unseen
@@ -249,8 +257,7 @@ def caption_scores(
 def held_out_captions(section: Mapping[str, Any], limit: int) -> list[str]:
     """At most `limit` captions of the combinations that training held out."""
     c, shape = {**section["data"], "split": "holdout"}, section["shape"]
-    tokenize = pipeline.text_tokenizer(section)
-    found = data.examples(data.load_source(c, shape=shape), c, shape=shape, limit=limit, tokenize=tokenize)
+    found = data.examples(data.load_source(c, shape=shape), c, shape=shape, limit=limit, tokenize=_no_ids)
     return list(found["caption"])
 
 

@@ -24,7 +24,7 @@ from diffax.stages import Objective
 def regression(poison=None) -> Objective:
     """Least squares with noise from each example's key; `poison` makes the loss NaN where the batch says so."""
 
-    def loss(params, extra, batch, keys, position, total):
+    def loss(params, extra, batch, keys, position, total, gather=None):
         noise = jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys)
         out = (batch["image"] + 0.1 * noise) @ params["w"] + params["b"]
         value = jnp.mean((out - batch["label"][:, None]) ** 2, axis=-1)
