@@ -12,7 +12,7 @@ With stages that were trained elsewhere: --config.clip.workdir=runs/dalle2_clip 
 
 from diffax.config import add_section, config_defaults, load, split_variant
 
-VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes, an hour on a CPU"}
+VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes"}
 CONFIGS = {
     "clip": "dalle2_clip",
     "prior": "dalle2_prior",

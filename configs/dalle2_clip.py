@@ -15,7 +15,7 @@ Then: configs/dalle2_prior.py, configs/dalle2_decoder_64.py
 
 from diffax.config import config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes, minutes on a CPU"}
+VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):

@@ -15,7 +15,7 @@ The whole system: configs/dalle2.py
 
 from diffax.config import add_section, config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "embeddings of 32x32 embedded captioned shapes, minutes on a CPU"}
+VARIANTS = {"tiny": "embeddings of 32x32 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):

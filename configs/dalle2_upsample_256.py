@@ -13,7 +13,7 @@ The whole system: configs/dalle2.py
 
 from diffax.config import config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 to 64x64 embedded shapes, minutes on a CPU"}
+VARIANTS = {"tiny": "32x32 to 64x64 embedded shapes"}
 
 
 def get_config(variant: str = ""):

@@ -12,7 +12,7 @@ from diffax.config import add_section, config_defaults, load, split_variant
 
 VARIANTS = {
     "paper": "3.5 and 1.5 billion parameters, as in the paper",
-    "tiny": "32x32 to 64x64 embedded captioned shapes, an hour on a CPU",
+    "tiny": "32x32 to 64x64 embedded captioned shapes",
 }
 
 

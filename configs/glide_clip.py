@@ -13,7 +13,7 @@ It guides: configs/glide_base_64.py:clip
 
 from diffax.config import config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes, minutes on a CPU"}
+VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):

@@ -13,7 +13,7 @@ Then: ... --mode=sample --input=photo.png --mask=mask.png --prompt='a hat'; whit
 
 from diffax.config import add_section, config_defaults, load, split_variant
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes, minutes on a CPU"}
+VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):

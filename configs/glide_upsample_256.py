@@ -15,7 +15,7 @@ from diffax.config import config_defaults, load, split_variant, tiny
 
 VARIANTS = {
     "paper": "1.5 billion parameters, as in the paper",
-    "tiny": "32x32 to 64x64 embedded captioned shapes, minutes on a CPU",
+    "tiny": "32x32 to 64x64 embedded captioned shapes",
 }
 
 

@@ -17,7 +17,7 @@ Command: python -m diffax.main --config=configs/karlo.py --mode=sample --workdir
 
 from diffax.config import add_section, config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes, an hour on a CPU"}
+VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):
@@ -74,7 +74,7 @@ def get_config(variant: str = ""):
         decoder.net.clip.sequence_width = 64
         up.low_res.update(factor=2, crop=32)
         up.net.update(channels=16, channel_mult=(1, 2, 2), attention=())
-        decoder.predicts = up.predicts = "v"  # with eps, conditions take far longer to learn than minutes
+        decoder.predicts = up.predicts = "v"  # as in configs/glide.py:tiny
         decoder.train.update(batch_size=32, learning_rate=2e-3)
         up.train.update(steps=1000, batch_size=32)
         up.steps = "7"

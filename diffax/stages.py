@@ -506,6 +506,16 @@ def objective(model: Stage | NoisedClassifier | Clip) -> Objective:
     return makers[type(model)](model)
 
 
+def _objective(model: Stage | NoisedClassifier | Clip, loss: Callable) -> Objective:
+    """A loss with what all objectives share: the network's start, and the history that draws noise levels."""
+    return Objective(
+        init=lambda key: init_params(model, key),
+        init_extra=model.timesteps.init,
+        loss=loss,
+        update_extra=lambda extra, feedback: model.timesteps.update(extra, *feedback),
+    )
+
+
 def _split(keys: Array, names: Sequence[str]) -> dict[str, Array]:
     """[n] keys -> {name: [n] keys}."""
     return dict(zip(names, jax.vmap(lambda k: jax.random.split(k, len(names)))(keys).T, strict=True))
@@ -605,12 +615,7 @@ def diffusion_objective(stage: Stage) -> Objective:
             terms = terms | {"cosine": jnp.sum(found * wanted, axis=-1)}
         return value * weight, _by_quarter({"loss": value, **terms}, u), (u, value)
 
-    return Objective(
-        init=lambda key: init_params(stage, key),
-        init_extra=stage.timesteps.init,
-        loss=loss,
-        update_extra=lambda extra, feedback: stage.timesteps.update(extra, *feedback),
-    )
+    return _objective(stage, loss)
 
 
 def classifier_terms(
@@ -649,12 +654,7 @@ def classifier_objective(classifier: NoisedClassifier) -> Objective:
         terms = classifier_terms(classifier, params, x, batch["label"], t, eps, dropout_keys=keys["dropout"])
         return terms["loss"] * weight, _by_quarter(terms, u), (u, terms["loss"])
 
-    return Objective(
-        init=lambda key: init_params(classifier, key),
-        init_extra=classifier.timesteps.init,
-        loss=loss,
-        update_extra=lambda extra, feedback: classifier.timesteps.update(extra, *feedback),
-    )
+    return _objective(classifier, loss)
 
 
 def clip_terms(
@@ -703,12 +703,7 @@ def clip_objective(model: Clip) -> Objective:
         terms = clip_terms(model, params, x, batch["text"], model.schedule(u), eps, position=position, gather=gather)
         return terms["loss"] * weight, _by_quarter(terms, u), (u, terms["loss"])
 
-    return Objective(
-        init=lambda key: init_params(model, key),
-        init_extra=model.timesteps.init,
-        loss=loss,
-        update_extra=lambda extra, feedback: model.timesteps.update(extra, *feedback),
-    )
+    return _objective(model, loss)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_tiny_keeps_the_method(spec):
     assert sections == configs.trained_sections(full) or spec == "dalle2:tiny", "whose last upsampler is left out"
     for name in sections:
         small, large = tiny[name], full[name]
-        # with eps, a small network takes far longer than minutes to learn to read a caption or a smaller picture
+        # a small network does not learn to read a smaller picture from eps within minutes, nor, it is feared, a caption
         eager = small.takes not in ((), ("label",)) and large.predicts == "eps"
         assert small.predicts in (large.predicts, "v" if eager else large.predicts)
         for path in ("variance", "timesteps", "sampler", "drop", "guidance", "classifier"):
