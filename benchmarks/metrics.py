@@ -1,17 +1,19 @@
 """diffax's Inception features, FID, IS, KID, precision and recall beside those of torch-fidelity and pytorch-fid.
 
 All read the same pictures and the same weights, random ones unless a file is given; printed are the numbers, how far
-they are from diffax's, and the seconds that each took. It is no test: nothing in diffax needs PyTorch.
+they are from diffax's, and the seconds that each took, of which diffax's are without compiling. It is no test: nothing
+in diffax needs PyTorch.
 
     pip install diffax torch torchvision torch-fidelity pytorch-fid
     python benchmarks/metrics.py --num=64 --side=64
 
-pytorch-fid enlarges pictures in another way than the FID's graph does (torch-fidelity and diffax do as the graph), and
-so agrees at --side=299 alone, where nothing is enlarged.
+torch-fidelity enlarges and scales pictures as the graph of the FID does, as diffax does too. pytorch-fid does both in
+another way, so that its FID is another; in the line "same input" its network is given the pixels that diffax's sees.
 """
 
 import argparse
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,16 +21,21 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytorch_fid.fid_score
 import pytorch_fid.inception
 import torch
-import torch_fidelity
+import torch_fidelity.feature_extractor_inceptionv3
 from PIL import Image
+from pytorch_fid import fid_score
+from pytorch_fid.inception import InceptionV3
+from torch_fidelity import metric_fid as fid
+from torch_fidelity import metric_isc as isc
+from torch_fidelity import metric_kid as kid
+from torch_fidelity import metric_prc as prc
 
 from diffax import compare, metrics
 from diffax.convert import inception
 from diffax.convert.table import torch_shapes
-from diffax.models.inception import Inception
+from diffax.models.inception import Inception, resize
 
 LAYERS = ("64", "192", "768", "2048")
 
@@ -68,12 +75,18 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
+def tell(what: str, seconds: float) -> None:
+    """Says on stderr what is done."""
+    print(f"{what}: {seconds:.1f} s; so far {time.process_time():.0f} s of processors", file=sys.stderr, flush=True)
+
+
 def ours(folders: list[pathlib.Path], weights: pathlib.Path, batch: int, subset: int) -> tuple[list, dict, float]:
     """diffax's ([features of a set], numbers, seconds without compiling)."""
     params, _ = inception.load(weights)
+    shape = next(compare.open_pictures(folders[0]).chunks(batch))
     run = jax.jit(lambda params, pictures: Inception().apply({"params": params}, pictures))
-    first = next(compare.open_pictures(folders[0]).chunks(batch))
-    jax.block_until_ready(run(params, first))
+    run, seconds = timed(lambda: run.lower(params, shape).compile())
+    tell("diffax, compiling", seconds)
 
     def features(folder: pathlib.Path) -> dict[str, np.ndarray]:
         found = [jax.device_get(run(params, chunk)) for chunk in compare.open_pictures(folder).chunks(batch)]
@@ -93,61 +106,66 @@ def ours(folders: list[pathlib.Path], weights: pathlib.Path, batch: int, subset:
 
 def torch_fidelity_numbers(
     folders: list[pathlib.Path], weights: pathlib.Path, batch: int, subset: int
-) -> tuple[dict, float]:
-    """torch-fidelity's (numbers, seconds); the passes for the FID of other features are not timed."""
-    options = dict(
-        input1=str(folders[0]),
-        input2=str(folders[1]),
-        feature_extractor_weights_path=str(weights),
-        batch_size=batch,
-        cuda=torch.cuda.is_available(),
-        cache=False,
-        verbose=False,
-        samples_shuffle=False,
-        fid=True,
-    )
-    found, seconds = timed(
-        lambda: torch_fidelity.calculate_metrics(**options, isc=True, kid=True, prc=True, kid_subset_size=subset)
-    )
-    numbers = {
-        "FID, 2048": found["frechet_inception_distance"],
-        "IS": found["inception_score_mean"],
-        "IS, deviation": found["inception_score_std"],
-        "KID": found["kernel_inception_distance_mean"],
-        "KID, deviation": found["kernel_inception_distance_std"],
-        "precision": found["precision"],
-        "recall": found["recall"],
-    }
-    for layer in LAYERS[:-1]:
-        other = torch_fidelity.calculate_metrics(**options, feature_layer_fid=layer)
-        numbers[f"FID, {layer}"] = other["frechet_inception_distance"]
-    return numbers, seconds
-
-
-def torch_fidelity_features(folder: pathlib.Path, weights: pathlib.Path, batch: int) -> dict[str, np.ndarray]:
-    """torch-fidelity's features of a set."""
+) -> tuple[dict, float, dict]:
+    """torch-fidelity's (numbers, seconds, features of the first set)."""
     names = [*LAYERS, "logits_unbiased"]
     extract = torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
         "inception-v3-compat", names, feature_extractor_weights_path=str(weights)
     )
-    parts = [
-        extract(torch.from_numpy(chunk.transpose(0, 3, 1, 2).copy()))
-        for chunk in compare.open_pictures(folder).chunks(batch)
-    ]
-    return {name: torch.cat(part).numpy() for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def features(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+        chunks = compare.open_pictures(folder).chunks(batch)
+        parts = [extract(torch.from_numpy(chunk.transpose(0, 3, 1, 2).copy())) for chunk in chunks]
+        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def measure():
+        made, real = map(features, folders)
+        moments = {layer: [fid.fid_features_to_statistics(found[layer]) for found in (made, real)] for layer in LAYERS}
+        numbers = {
+            f"FID, {layer}": fid.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+            for layer, both in moments.items()
+        }
+        score = isc.isc_features_to_metric(made["logits_unbiased"], shuffle=False)
+        numbers |= {"IS": score["inception_score_mean"], "IS, deviation": score["inception_score_std"]}
+        found = kid.kid_features_to_metric(made["2048"], real["2048"], kid_subset_size=subset, verbose=False)
+        numbers["KID"] = found["kernel_inception_distance_mean"]
+        numbers["KID, deviation"] = found["kernel_inception_distance_std"]
+        found = prc.prc_features_to_metric(made["2048"], real["2048"], verbose=False)
+        return numbers | {name: found[name] for name in ("precision", "recall")}, made
+
+    (numbers, made), seconds = timed(measure)
+    return numbers, seconds, {name: value.numpy() for name, value in made.items()}
 
 
 def pytorch_fid_numbers(folders: list[pathlib.Path], weights: pathlib.Path, batch: int) -> tuple[dict, float]:
-    """pytorch-fid's (numbers, seconds)."""
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights)
+    """pytorch-fid's (FID, seconds)."""
 
-    def fid(layer: str) -> float:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        paths = [str(folder) for folder in folders]
-        return float(pytorch_fid.fid_score.calculate_fid_given_paths(paths, batch, device, int(layer), num_workers=0))
+    def measure() -> float:
+        return fid_score.calculate_fid_given_paths([str(f) for f in folders], batch, "cpu", 2048, num_workers=0)
 
-    last, seconds = timed(lambda: fid("2048"))
-    return {f"FID, {layer}": fid(layer) for layer in LAYERS[:-1]} | {"FID, 2048": last}, seconds
+    found, seconds = timed(measure)
+    return {"FID, 2048": float(found)}, seconds
+
+
+def pytorch_fid_of_same_input(folders: list[pathlib.Path], batch: int) -> dict[str, float]:
+    """pytorch-fid's network and distance, on pictures that are enlarged and scaled as diffax does it."""
+    network = InceptionV3([0, 1, 2, 3], resize_input=False).eval()
+
+    @torch.no_grad()
+    def moments(folder: pathlib.Path) -> list[tuple[np.ndarray, np.ndarray]]:
+        parts = []
+        for chunk in compare.open_pictures(folder).chunks(batch):
+            # the network makes 2 x - 1 of it, which is then (pixel - 128) / 128
+            pixels = np.array(resize(chunk.astype(np.float32)) / 256).transpose(0, 3, 1, 2)
+            parts.append([layer.mean((2, 3)) for layer in network(torch.from_numpy(pixels.copy()))])
+        features = [torch.cat(layer).numpy() for layer in zip(*parts, strict=True)]
+        return [(layer.mean(0), np.cov(layer, rowvar=False)) for layer in features]
+
+    both = [moments(folder) for folder in folders]
+    return {
+        f"FID, {layer}": float(fid_score.calculate_frechet_distance(*made, *real))
+        for layer, made, real in zip(LAYERS, *both, strict=True)
+    }
 
 
 def main() -> None:
@@ -155,9 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=64, help="pictures in a set")
     parser.add_argument("--side", type=int, default=64, help="their height and width")
-    parser.add_argument("--batch", type=int, default=32, help="pictures at once")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at once; divides num")
     parser.add_argument("--inception", type=pathlib.Path, help="the published .pth (default: random weights)")
     args = parser.parse_args()
+    if args.num % args.batch:
+        parser.error(f"--batch={args.batch} does not divide --num={args.num}")
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         folders = [root / "made", root / "real"]
@@ -167,23 +187,29 @@ def main() -> None:
         if not args.inception:
             draw_weights(weights)
         subset = args.num // 2
+        pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights)
         features, numbers, seconds = ours(folders, weights, args.batch, subset)
-        theirs = {
-            "torch-fidelity": torch_fidelity_numbers(folders, weights, args.batch, subset),
-            "pytorch-fid": pytorch_fid_numbers(folders, weights, args.batch),
-        }
-        print(f"2 x {args.num} pictures of {args.side}x{args.side}, {jax.default_backend()}")
-        print(f"{'seconds':16s}{seconds:14.1f}" + "".join(f"  {n}: {s:.1f}" for n, (_, s) in theirs.items()))
-        for name, value in numbers.items():
-            line = f"{name:16s}{value:14.6g}"
-            for program, (found, _) in theirs.items():
-                if name in found:
-                    gap = abs(value - found[name]) / max(abs(found[name]), 1e-12)
-                    line += f"  {program}: {found[name]:.6g} ({gap:.1e})"
-            print(line)
-        for name, want in torch_fidelity_features(folders[0], weights, args.batch).items():
-            got = features[0]["logits" if name == "logits_unbiased" else name]
-            print(f"features {name}: {np.abs(got - want).max() / np.abs(want).max():.1e} of the largest, at most")
+        tell("diffax", seconds)
+        fidelity, its_seconds, its_features = torch_fidelity_numbers(folders, weights, args.batch, subset)
+        tell("torch-fidelity", its_seconds)
+        pytorch, other_seconds = pytorch_fid_numbers(folders, weights, args.batch)
+        tell("pytorch-fid", other_seconds)
+        same, more_seconds = timed(lambda: pytorch_fid_of_same_input(folders, args.batch))
+        tell("pytorch-fid, same input", more_seconds)
+    theirs = {"torch-fidelity": fidelity, "pytorch-fid": pytorch, "same input": same}
+    print(f"2 x {args.num} pictures of {args.side}x{args.side}, {jax.default_backend()}")
+    times = {"diffax": seconds, "torch-fidelity": its_seconds, "pytorch-fid, FID alone": other_seconds}
+    print("seconds: " + ", ".join(f"{program} {spent:.1f}" for program, spent in times.items()))
+    for name, value in numbers.items():
+        line = f"{name:16s}{value:14.6g}"
+        for program, found in theirs.items():
+            if name in found:
+                gap = abs(value - found[name]) / max(abs(found[name]), 1e-12)
+                line += f"  {program}: {found[name]:.6g} ({gap:.1e})"
+        print(line)
+    for name, want in its_features.items():
+        got = features[0]["logits" if name == "logits_unbiased" else name]
+        print(f"features {name}: {np.abs(got - want).max() / np.abs(want).max():.1e} of the largest, at most")
 
 
 if __name__ == "__main__":

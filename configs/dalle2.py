@@ -7,12 +7,13 @@ captions is computed as they are read.
 Command: python -m diffax.main --config=configs/dalle2.py --stage=clip
      then the same with --stage=prior, decoder, up and up_1024, in any order or at the same time; then
          python -m diffax.main --config=configs/dalle2.py --mode=sample --prompt='a corgi that plays a trumpet'
+Variant :ar has the autoregressive prior, of configs/dalle2_prior_ar.py, in the place of the diffusion prior.
 With stages that were trained elsewhere: --config.clip.workdir=runs/dalle2_clip --config.prior.workdir=...
 """
 
 from diffax.config import add_section, config_defaults, load, split_variant
 
-VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes"}
+VARIANTS = {"tiny": "16x16 to 32x32 embedded captioned shapes", "ar": "the autoregressive prior"}
 CONFIGS = {
     "clip": "dalle2_clip",
     "prior": "dalle2_prior",
@@ -23,10 +24,12 @@ CONFIGS = {
 
 
 def get_config(variant: str = ""):
-    is_tiny = "tiny" in split_variant(variant, VARIANTS)
+    parts = split_variant(variant, VARIANTS)
+    is_tiny, is_ar = "tiny" in parts, "ar" in parts
     names = {name: file for name, file in CONFIGS.items() if not (is_tiny and name == "up_1024")}
+    names |= {"prior": "dalle2_prior_ar"} if is_ar else {}
     loaded = {name: load(f"{file}:tiny" if is_tiny else file) for name, file in names.items()}
-    config = config_defaults("dalle2_tiny" if is_tiny else "dalle2", stages=tuple(names))
+    config = config_defaults("dalle2" + "_ar" * is_ar + "_tiny" * is_tiny, stages=tuple(names))
     for name, its in loaded.items():
         add_section(config, name, its["up" if name == "up_1024" else name])
     config.sample = loaded["decoder"].sample

@@ -17,7 +17,7 @@ The whole system: configs/dalle2.py
 
 from diffax.config import add_section, config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
+VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):
@@ -44,11 +44,10 @@ def get_config(variant: str = ""):
     config.sample.update(num=16, batch_size=16, columns=4)
     if is_tiny:
         tiny(config, "shapes")
-        stage.shape = (32, 32, 3)
         stage.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
-        stage.net.update(channels=16, channel_mult=(1, 2, 4), attention=(4,), head_channels=16, remat="none")
+        stage.net.update(channels=32, channel_mult=(1, 2, 2), attention=(2, 4), head_channels=16, remat="none")
         stage.predicts = "v"  # as the stages that enlarge, which do not learn their condition from eps in minutes
-        stage.train.update(steps=3000, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.998,))
+        stage.train.update(steps=6000, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.998,))
     add_section(config, "clip", load("dalle2_clip:tiny" if is_tiny else "dalle2_clip").clip)
     config.eval.num = config.eval.bpd_num = 0  # its captions are scored with the whole system's
     return config

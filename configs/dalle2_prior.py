@@ -4,8 +4,8 @@ A causal transformer, width 2048, 24 blocks, 32 heads, that reads the caption (2
 embedding, the clock, the noised image embedding and a query, and predicts the clean embedding. The paper says 1 billion
 parameters; these are 1,327 million, of which 103 are the table of tokens.
 
-64 steps. The paper's variance is that of Analytic-DPM; here it is the small fixed one. Of two samples the one nearer to
-the caption is kept. The paper finds that guiding the prior harms, so the scale is 1 here.
+64 steps with the variance of Analytic-DPM, which is measured when training ends. Of two samples the one nearer to the
+caption is kept. The paper finds that guiding the prior harms, so the scale is 1 here.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.prior.data.path=FOLDER.
 Cost: 600,000 steps of 4096 pairs.
@@ -15,7 +15,7 @@ The whole system: configs/dalle2.py
 
 from diffax.config import add_section, config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "embeddings of 32x32 embedded captioned shapes"}
+VARIANTS = {"tiny": "embeddings of 16x16 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):
@@ -30,7 +30,7 @@ def get_config(variant: str = ""):
     stage.net.update(name="prior", remat="blocks")
     stage.net.prior.update(width=2048, layers=24, heads=32)
     stage.schedule.update(name="cosine", steps=1000)
-    stage.predicts, stage.variance = "x", "fixed_small"
+    stage.predicts, stage.variance = "x", "analytic"
     stage.drop = 0.1
     stage.guidance, stage.guidance_scale = ("classifier_free",), 1.0
     stage.steps, stage.candidates = "64", 2

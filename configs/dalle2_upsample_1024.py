@@ -1,7 +1,7 @@
 """The second upsampler of DALL-E 2: 256x256 to 1024x1024 (Ramesh et al. 2022, arXiv:2204.06125, section 2.1, table 3).
 
-As the first (configs/dalle2_upsample_256.py), with the linear schedule and 15 steps of DDIM. The paper makes the
-smaller picture worse by the degradations of BSRGAN; here it is blurred and shown as a JPEG. The paper says 300M
+As the first (configs/dalle2_upsample_256.py), with the linear schedule and 15 steps of DDIM. The smaller picture is
+made worse by the degradations of BSRGAN: blurs, resizes, noise and JPEG in random order. The paper says 300M
 parameters; these are 282.1M.
 
 Data: a folder of pictures, data/captions below the current one, or --config.up.data.path=FOLDER.
@@ -21,7 +21,7 @@ def get_config(variant: str = ""):
     stage = config.up
     stage.shape = (1024, 1024, 3)
     stage.takes = ("low_res",)
-    stage.low_res.update(factor=4, crop=256, blur=0.5, blur_sigma=(0.2, 2.0), jpeg=(30, 95))
+    stage.low_res.update(factor=4, crop=256, degrade="bsr")
     stage.data.update(name="captions", path="data/captions")
     stage.net.update(channels=192, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2)
     stage.net.update(attention=(), mid_attention=False, scale_shift=True, resample="biggan", remat="blocks")

@@ -13,7 +13,7 @@ The whole system: configs/dalle2.py
 
 from diffax.config import config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 to 64x64 embedded shapes"}
+VARIANTS = {"tiny": "16x16 to 32x32 embedded shapes"}
 
 
 def get_config(variant: str = ""):
@@ -34,12 +34,12 @@ def get_config(variant: str = ""):
     config.eval.update(num=0, batch_size=16)  # enlarging takes long at this size
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
-        stage.shape = (64, 64, 3)
-        stage.low_res.update(factor=2, crop=32)
+        stage.shape = (32, 32, 3)
+        stage.low_res.update(factor=2, crop=16)
         stage.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
         stage.net.update(channels=16, channel_mult=(1, 2, 2), attention=(), remat="none")
         stage.predicts = "v"  # with eps, reading the smaller picture takes far longer to learn than minutes
         stage.steps = "fast27"
-        stage.train.update(steps=1000, batch_size=32, anneal="cosine", clip=1.0, ema=(0.995,))
+        stage.train.update(steps=1500, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.995,))
         config.eval.update(num=100, batch_size=50)
     return config

@@ -12,16 +12,19 @@ from diffax.config import add_section, config_defaults, load, split_variant
 
 VARIANTS = {
     "paper": "3.5 and 1.5 billion parameters, as in the paper",
-    "tiny": "32x32 to 64x64 embedded captioned shapes",
+    "clip": "the base guided by the noised CLIP of configs/glide_clip.py",
+    "tiny": "16x16 to 32x32 embedded captioned shapes",
 }
 
 
 def get_config(variant: str = ""):
     variants = split_variant(variant, VARIANTS)
-    base = load(":".join(["glide_base_64", ",".join(variants)]) if variants else "glide_base_64")
-    up = load(":".join(["glide_upsample_256", ",".join(variants)]) if variants else "glide_upsample_256")
+    base = load(":".join(["glide_base_64", *filter(None, [",".join(variants)])]))
+    up = load(":".join(["glide_upsample_256", *filter(None, [",".join(v for v in variants if v != "clip")])]))
     config = config_defaults("glide_tiny" if "tiny" in variants else "glide", stages=("base", "up"))
     add_section(config, "base", base.base)
     add_section(config, "up", up.up)
+    if "clip" in variants:
+        add_section(config, "clip", base.clip)
     config.sample, config.eval = base.sample, base.eval
     return config

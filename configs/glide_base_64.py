@@ -23,7 +23,7 @@ from diffax.config import add_section, config_defaults, load, split_variant, tin
 VARIANTS = {
     "clip": "guided by a noised CLIP (configs/glide_clip.py) in place of classifier-free guidance",
     "paper": "3.5 billion parameters, as in the paper",
-    "tiny": "32x32 embedded captioned shapes",
+    "tiny": "16x16 embedded captioned shapes",
 }
 # Combinations that no training picture shows, two of each shape.
 HOLDOUT = (
@@ -58,11 +58,11 @@ def get_config(variant: str = ""):
         stage.train.steps = 2_500_000
     if "tiny" in variants:
         tiny(config, "shapes")
-        stage.shape = (32, 32, 3)
         stage.data.update(single=True, holdout=HOLDOUT)
-        stage.net.update(channels=16, channel_mult=(1, 2, 4), attention=(4,), head_channels=16, remat="none")
+        stage.net.update(channels=32, channel_mult=(1, 2, 2), attention=(2, 4), head_channels=16, remat="none")
         stage.predicts = "v"  # as the stages that enlarge, which do not learn their condition from eps in minutes
-        stage.train.update(steps=3000, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.998,))
+        stage.train.update(steps=5000, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.998,))
+        stage.train.text_rate = 0.05  # the transformer at 1e-4, as above
         config.eval.update(num=500, batch_size=100, judge="captions", guidance=(0.0, 1.0, 2.0, 3.0, 5.0))
     if "clip" in variants:
         add_section(config, "clip", load("glide_clip:tiny" if "tiny" in variants else "glide_clip").clip)

@@ -13,7 +13,7 @@ It guides: configs/glide_base_64.py:clip
 
 from diffax.config import config_defaults, load, split_variant, tiny
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
+VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):
@@ -33,10 +33,9 @@ def get_config(variant: str = ""):
     config.eval.num = 0
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
-        clip.shape = (32, 32, 3)
         clip.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
         clip.net.update(features=64, remat="none")
-        clip.net.image.update(width=64, layers=3, heads=4)
+        clip.net.image.update(width=64, layers=3, heads=4, patch=2)
         clip.net.text.vocab_size = 0
         clip.train.update(steps=2000, batch_size=64, warmup_steps=100, clip=1.0, ema=(0.995,))
         config.eval.update(num=320, batch_size=64)

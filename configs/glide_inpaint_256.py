@@ -11,7 +11,7 @@ Command: python -m diffax.main --config=configs/glide_inpaint_256.py \\
 
 from diffax.config import add_section, config_defaults, load, split_variant
 
-VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes"}
+VARIANTS = {"tiny": "16x16 to 32x32 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):

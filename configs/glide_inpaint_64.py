@@ -13,7 +13,7 @@ Then: ... --mode=sample --input=photo.png --mask=mask.png --prompt='a hat'; whit
 
 from diffax.config import add_section, config_defaults, load, split_variant
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
+VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):
@@ -25,5 +25,5 @@ def get_config(variant: str = ""):
     stage.takes = ("text", "inpaint")
     stage.inpaint.empty = 0.25
     stage.guidance, stage.guidance_scale = ("classifier_free", "keep_known", "clip_denoised"), 5.0
-    stage.train.steps = 1000 if is_tiny else 500_000
+    stage.train.steps = 2000 if is_tiny else 500_000
     return config

@@ -80,13 +80,14 @@ def fit_components(embeddings: np.ndarray, count: int) -> Components:
 
 def project(embeddings: Array, components: Components) -> Array:
     """Coordinates [..., P] of embeddings [..., D]."""
-    return (embeddings - components.mean) @ components.directions
+    # the TPU's default product is bfloat16, which has fewer digits than there are buckets
+    return jnp.matmul(embeddings - components.mean, components.directions, precision="highest")
 
 
 def reconstruct(coordinates: Array, components: Components) -> Array:
     """The embeddings [..., D] with coordinates [..., k] in the first k components, k up to P."""
     kept = coordinates.shape[-1]
-    return components.mean + coordinates @ components.directions[:, :kept].T
+    return components.mean + jnp.matmul(coordinates, components.directions[:, :kept].T, precision="highest")
 
 
 # ---- codes ---------------------------------------------------------------------------------------------------------
@@ -132,3 +133,56 @@ def decode(codes: Array, buckets: Buckets) -> jax.Array:
     """The centres of codes [..., P], float32; a code out of range gives NaN."""
     place = jnp.arange(buckets.centres.shape[0])
     return jnp.asarray(buckets.centres).at[place, codes].get(mode="fill", fill_value=jnp.nan)
+
+
+# ---- embeddings as rows of codes -----------------------------------------------------------------------------------
+
+
+class Codec(NamedTuple):
+    """How the autoregressive prior writes an embedding: a code for each of its first P principal components.
+
+    Attributes:
+      mean, directions: see `Components`.
+      edges, centres: see `Buckets`.
+      similarity_edges: [S - 1], between the buckets of a caption's and a picture's product, at quantiles.
+    """
+
+    mean: Array
+    directions: Array
+    edges: Array
+    centres: Array
+    similarity_edges: Array
+
+
+def blank_codec(size: int, components: int, buckets: int) -> Codec:
+    """A codec of embeddings [size] that nothing is known of yet: zeros."""
+    shapes = (size,), (size, components), (components, buckets - 1), (components, buckets), (buckets - 1,)
+    return Codec(*(np.zeros(shape, np.float32) for shape in shapes))
+
+
+def fit_codec(embeddings: np.ndarray, similarities: np.ndarray, *, components: int, buckets: int) -> Codec:
+    """The codec of embeddings [M, D] whose products with their captions' are `similarities` [M].
+
+    Raises:
+      ValueError: there are too few.
+    """
+    found = fit_components(embeddings, components)
+    values = fit_buckets(project(embeddings, found), buckets)
+    products = fit_buckets(np.asarray(similarities)[:, None], buckets)
+    return Codec(*found, *values, products.edges[0])
+
+
+def write(embeddings: Array, codec: Codec) -> jax.Array:
+    """Embeddings [..., D] as codes [..., P], int32."""
+    return encode(project(embeddings, Components(codec.mean, codec.directions)), Buckets(codec.edges, codec.centres))
+
+
+def read(codes: Array, codec: Codec) -> jax.Array:
+    """The embeddings [..., D] that codes [..., P] stand for."""
+    return reconstruct(decode(codes, Buckets(codec.edges, codec.centres)), Components(codec.mean, codec.directions))
+
+
+def similarity_bucket(image: Array, text: Array, codec: Codec) -> jax.Array:
+    """The bucket, 0 .. S - 1, of the products of embeddings [..., D], as the paper's token for z_i . z_t."""
+    product = jnp.sum(image * text, axis=-1)
+    return jnp.searchsorted(jnp.asarray(codec.similarity_edges), product, side="right").astype(jnp.int32)

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diffax import images, metrics, parallel, reporting
+from diffax import config as configs
+from diffax import convert, images, metrics, parallel, pipeline, reporting, stages
 from diffax.convert import inception as weights
 from diffax.data.folders import SUFFIXES
 from diffax.errors import RunError, UserError
@@ -42,7 +43,7 @@ class Pictures(NamedTuple):
     Attributes:
       source: where they are.
       count: how many are read.
-      files: the files that hold them, in order.
+      files: the files that hold them, in order; none where pictures come from elsewhere.
       chunks: (size) -> uint8 [at most size, H, W, 3] in turn.
       notes: what is to be known of them, filled while they are read.
     """
@@ -201,6 +202,30 @@ def _opened(path: pathlib.Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
+def measurement(
+    features: str, inception: str | None = None, *, batch_size: int
+) -> tuple[dict[str, str], Callable[[Pictures], Statistics]]:
+    """How a set of pictures is measured.
+
+    Args:
+      features: a key of `NUMBERS`.
+      inception: the weights of the FID's network, see `convert.inception.find`.
+      batch_size: pictures at once.
+
+    Returns:
+      What statistics depend on beside the pictures, and the function that makes them.
+
+    Raises:
+      UserError: there are no such weights.
+    """
+    if features == "inception":
+        params, digest = weights.load(weights.find(inception))
+        extract = inception_extractor(params)
+        run = functools.partial(inception_statistics, extract=extract, batch_size=batch_size)
+        return {"features": features, "weights": digest}, run
+    return {"features": features, "weights": ""}, functools.partial(patch_statistics, batch_size=batch_size)
+
+
 def inception_extractor(params: Any) -> Extract:
     """Pictures uint8 [B, H, W, 3] -> '2048', 'spatial' and 'logits' of `Inception`, on all devices."""
     network = Inception()
@@ -274,8 +299,10 @@ def _in_batches(pictures: Pictures, size: int) -> Iterator[np.ndarray]:
 
 
 def digest(pictures: Pictures) -> str:
-    """SHA-256 of the names and the bytes of the files, whatever their dates say."""
+    """SHA-256 of the names and the bytes of the files, whatever their dates say; of all pixels where there are none."""
     total = hashlib.sha256()
+    for chunk in pictures.chunks(1000) if not pictures.files else ():
+        total.update(f"{chunk.shape}".encode() + chunk.tobytes())
     for file in pictures.files:
         with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -368,17 +395,23 @@ def statistics_of(
         known = json.loads(str(given["about"])) if "about" in given else {}
         sizes = {"size": np.array(known["size"])} if "size" in known else {}
         return given | sizes | {"count": np.array(known.get("count", 0))}, []
-    pictures = open_pictures(path, limit)
+    found, notes = statistics_of_pictures(open_pictures(path, limit), measure, about=about, cache=cache)
+    if given is None:
+        return found, notes
+    # The count of the pictures beside them says nothing about the moments.
+    return found | given | {"count": np.array(0)}, notes
+
+
+def statistics_of_pictures(
+    pictures: Pictures, measure: Callable[[Pictures], Statistics], *, about: Mapping[str, Any], cache: bool = True
+) -> tuple[Statistics, list[str]]:
+    """`statistics_of` pictures that are open; what is kept of those that come from no file is beside their `source`."""
     if pictures.count <= NEIGHBOUR:
-        raise UserError(f"{pictures.count} pictures; {path}; a comparison takes at least {NEIGHBOUR + 1}")
+        raise UserError(f"{pictures.count} pictures; {pictures.source}; a comparison takes at least {NEIGHBOUR + 1}")
     size = list(next(pictures.chunks(1)).shape[1:3])
     about = {**about, "size": size}
     found = cached(pictures, about, lambda: measure(pictures)) if cache else measure(pictures)
-    found = found | {"count": np.array(pictures.count), "size": np.array(size)}
-    if given is None:
-        return found, pictures.notes
-    # The count of the pictures beside them says nothing about the moments.
-    return found | given | {"count": np.array(0)}, pictures.notes
+    return found | {"count": np.array(pictures.count), "size": np.array(size)}, pictures.notes
 
 
 def _has_pictures(path: pathlib.Path) -> bool:
@@ -480,6 +513,83 @@ def table(results: Mapping[str, float]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
+# ---- pictures and their captions ------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+      UserError: it cannot be read, or there are none.
+    """
+    try:
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts ({error}); --prompts={path}; one a line, UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"there are no prompts; --prompts={path}; write one a line")
+    return prompts
+
+
+def clip_scorer(source: str | os.PathLike[str], *, batch_size: int) -> Callable[[Pictures, Sequence[str]], float]:
+    """(pictures, prompts) -> `metrics.clip_score`, picture i against prompt i, prompts in turn.
+
+    Pictures are cut to the square in their middle and resized by bicubic interpolation, as CLIP's were.
+
+    Args:
+      source: a workdir with a CLIP of clean pictures, or published weights of one, see `diffax.convert`.
+      batch_size: pictures at once.
+
+    Raises:
+      UserError: there is no such CLIP, or several.
+    """
+    config, params = _clip_at(source)
+    ((name, params),) = params.items()
+    model = stages.build_clip(config, name)
+    tokenize = pipeline.text_tokenizer(config[name])
+    embed_image = parallel.map_batch(functools.partial(stages.embed_image, model))
+    embed_text = parallel.map_batch(lambda params, ids: stages.embed_text(model, params, ids)["text_embedding"])
+
+    def in_batches(embed: Callable, rows: np.ndarray) -> np.ndarray:
+        """One program serves all batches: the last one is filled up."""
+        filled = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows), 0)])
+        return np.asarray(embed(params, filled))[: len(rows)]
+
+    def score(pictures: Pictures, prompts: Sequence[str]) -> float:
+        ids = tokenize(list(prompts))
+        text = [in_batches(embed_text, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+        image = [
+            in_batches(embed_image, images.from_uint8(_square(chunk))) for chunk in _in_batches(pictures, batch_size)
+        ]
+        image, text = np.concatenate(image), np.concatenate(text)
+        return metrics.clip_score(image, text[np.arange(len(image)) % len(text)])
+
+    return score
+
+
+def _clip_at(source: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """(config, {section: parameters}) of the one CLIP of clean pictures in a workdir, or in published weights."""
+    if convert.is_weights(source):
+        config, params, _ = convert.load(source)
+    else:
+        config, params = configs.to_dict(configs.from_dict(pipeline.read_config(source))), {}
+    sections = {name: c for name, c in config.items() if isinstance(c, Mapping) and "net" in c}
+    names = [name for name, c in sections.items() if configs.is_clip(c) and not c["net"]["image"]["noised"]]
+    if len(names) != 1:
+        what = "several CLIPs" if names else "no CLIP of clean pictures"
+        raise UserError(f"{what}; {source}; convert one: python -m diffax.convert ViT-B-16.pt runs/clip")
+    return config, {names[0]: params[names[0]] if params else pipeline.load_params(config, names[0], source)[0]}
+
+
+def _square(pictures: np.ndarray) -> np.ndarray:
+    """[N, H, W, C] -> [N, S, S, C], the middle."""
+    height, width = pictures.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pictures[:, top : top + side, left : left + side]
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -493,15 +603,24 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog="python -m diffax.evaluate",
         description="Compares samples A with real pictures B: folders of images or of .npz files, or .npz files "
-        "(arr_0, uint8 [N, H, W, 3]); also files of statistics, such as ADM's references (mu, sigma, mu_s, sigma_s).",
+        "(arr_0, uint8 [N, H, W, 3]); also files of statistics, such as ADM's references (mu, sigma, mu_s, sigma_s). "
+        "With --clip and --prompts, also A with the captions that it was made from.",
         allow_abbrev=False,
     )
     p.add_argument("samples", metavar="A")
-    p.add_argument("reference", metavar="B")
+    p.add_argument("reference", metavar="B", nargs="?", help="may be left out with --clip")
     p.add_argument(
         "--inception", metavar="FILE", help=f"weights of the FID's network (default: of ${weights.VARIABLE})"
     )
     p.add_argument("--features", default="inception", help=f"{' or '.join(NUMBERS)} (default inception)")
+    p.add_argument(
+        "--clip",
+        metavar="PATH",
+        help="CLIP score of A: a CLIP's published weights, or a workdir (GLIDE: of ViT-B-16.pt)",
+    )
+    p.add_argument(
+        "--prompts", metavar="FILE", help="the captions of A, one a line, in the order of the pictures' names"
+    )
     p.add_argument("--num", type=int, help="at most so many pictures of A and of B, the first ones")
     p.add_argument("--only", default="", metavar="NAME,...", help="these numbers alone")
     p.add_argument("--batch_size", type=int, default=64, help="pictures at once (default 64)")
@@ -513,6 +632,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _checked(argv: Sequence[str]) -> argparse.Namespace:
     args = parser().parse_args(argv)
+    if (args.clip is None) != (args.prompts is None):
+        raise UserError("--clip and --prompts go together; command line; give both")
+    if args.reference is None and not args.clip:
+        raise UserError("the following arguments are required: B, or --clip and --prompts; command line; see --help")
     if args.features not in NUMBERS:
         raise UserError(f"unknown --features={args.features}; command line; use one of {', '.join(NUMBERS)}")
     if args.batch_size < 1 or (args.num is not None and args.num <= NEIGHBOUR):
@@ -527,19 +650,26 @@ def _checked(argv: Sequence[str]) -> argparse.Namespace:
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Compares as the flags say; returns what --output holds."""
-    about = {"features": args.features, "weights": ""}
-    if args.features == "inception":
-        params, about["weights"] = weights.load(weights.find(args.inception))
-        extract = inception_extractor(params)
-        measure = functools.partial(inception_statistics, extract=extract, batch_size=args.batch_size)
-    else:
-        measure = functools.partial(patch_statistics, batch_size=args.batch_size)
-    options = dict(about=about, limit=args.num, cache=not args.no_cache)
-    made, notes = statistics_of(args.samples, measure, **options)
-    real, more = statistics_of(args.reference, measure, **options)
-    results, last = compare(made, real, features=args.features, only=args.only)
-    counts = {"pictures": int(made["count"]), "reference_pictures": int(real["count"]) or None}
-    return {"A": args.samples, "B": args.reference, **about, **counts, "results": results, "notes": notes + more + last}
+    found: dict[str, Any] = {"A": args.samples, "B": args.reference}
+    results: dict[str, float] = {}
+    notes: list[str] = []
+    score = clip_scorer(args.clip, batch_size=args.batch_size) if args.clip else None
+    prompts = read_prompts(args.prompts) if args.clip else []
+    if args.reference is not None:
+        about, measure = measurement(args.features, args.inception, batch_size=args.batch_size)
+        options = dict(about=about, limit=args.num, cache=not args.no_cache)
+        made, notes = statistics_of(args.samples, measure, **options)
+        real, more = statistics_of(args.reference, measure, **options)
+        results, last = compare(made, real, features=args.features, only=args.only)
+        notes = notes + more + last
+        found |= {**about, "pictures": int(made["count"]), "reference_pictures": int(real["count"]) or None}
+    if score:
+        pictures = open_pictures(args.samples, args.num)
+        results |= {"clip_score": score(pictures, prompts)}
+        found |= {"clip": args.clip, "prompts": args.prompts, "pictures": pictures.count}
+        if pictures.count % len(prompts):
+            notes = [*notes, f"{len(prompts)} prompts in turn for {pictures.count} pictures"]
+    return found | {"results": results, "notes": notes}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -132,6 +132,7 @@ STAGE: dict[str, Field] = {
     "low_res.round": Field(True, bool),
     "low_res.jpeg": _int((), 1, 100, lengths=(0, 2)),
     "low_res.crop": _int(0, high=8192),
+    "low_res.degrade": _choice("none", "none", "bsr", "bsr_light"),  # BSRGAN's, in place of blur and jpeg
     "text.tokenizer": _choice("glide", "glide", "clip", "demo"),
     "text.vocab": Field("", str),
     "text.length": _int(128, 1, 4096),
@@ -140,11 +141,16 @@ STAGE: dict[str, Field] = {
     "embedding.norm": _float(0.0, 0, 10**4),  # of a CLIP: the length its embeddings are given; 0: their own
     "embedding.mean": _float((), -(10**4), 10**4, lengths=(0, 8192)),  # a prior works on (embedding - mean) / std
     "embedding.std": _float((), 0, 10**4, above=True, lengths=(0, 8192)),
+    "codes.components": _int(319, 1, 8192),  # of a code prior: the principal components that it writes
+    "codes.buckets": _int(1024, 2, 2**16),  # codes of each, and of the product of the two embeddings
+    "codes.examples": _int(100_000, 1),  # embeddings that these are fitted to
+    "codes.percentile": _float(50.0, 0, 100, below=True),  # sampling asks for a product of this rank or above
     "data.name": _choice(
         "cifar10", "digits", "shapes", "photos", "folder", "captions", "cifar10", "mnist", "tfds", "mix"
     ),
     "data.path": Field("", str),
     "data.data_dir": Field("", str),
+    "data.embeddings": Field("", str),  # folder of image embeddings, made by --mode=embed; "": as pictures are read
     "data.split": Field("train", str),
     "data.flip": Field(False, bool),
     "data.crop": _choice("center", "center", "random"),
@@ -154,7 +160,7 @@ STAGE: dict[str, Field] = {
     "data.holdout": Field((), str, lengths=(0, 48)),
     "data.single": Field(False, bool),
     "data.label": Field("label", str),
-    "net.name": _choice("unet", "unet", "classifier", "clip", "prior"),
+    "net.name": _choice("unet", "unet", "classifier", "clip", "prior", "code_prior"),
     "net.channels": _int(128, 4, 2**16),
     "net.channel_mult": _float((1, 2, 2, 2), 0, 64, above=True, lengths=(1, 12)),
     "net.num_res_blocks": _int(2, 1, 64),
@@ -206,7 +212,7 @@ STAGE: dict[str, Field] = {
         "fixed_large",
         float,
         high=1,
-        choices=("fixed_small", "fixed_large", "learned", "learned_range"),
+        choices=("fixed_small", "fixed_large", "learned", "learned_range", "analytic"),
     ),
     "loss.name": _choice("simple", "simple", "vlb", "hybrid"),
     "loss.weight": _float(1.0, 0, 10**6, above=True),
@@ -229,6 +235,7 @@ STAGE: dict[str, Field] = {
     "train.batch_size": _int(128, 1, 10**7),
     "train.accumulate": _int(1, 1, 10**5),
     "train.learning_rate": _float(2e-4, 0, 10, above=True),
+    "train.text_rate": _float(1.0, 0, 10),
     "train.optimizer": _choice("adam", "adam", "adamw"),
     "train.b1": _float(0.9, 0, 1, below=True),
     "train.b2": _float(0.999, 0, 1, below=True),
@@ -238,6 +245,7 @@ STAGE: dict[str, Field] = {
     "train.warmup_steps": _int(5000),
     "train.anneal": _choice("none", "none", "linear", "cosine"),
     "train.clip": _float(1.0, 0, 10**6),
+    "train.sam": _float(0.0, 0, 100),  # rho of sharpness-aware minimisation; 0: without
     "train.ema": _float((0.9999,), 0, 1, below=True, lengths=(0, 8)),
     "train.ema_warmup": Field(False, bool),
     "train.log_every": _int(100, 1),
@@ -266,6 +274,7 @@ TOP: dict[str, Field] = {
     "eval.samplers": _choice((), *SAMPLERS),
     "eval.guidance": _float((), -(10**4), 10**4),
     "eval.levels": _float((), 0, 1),
+    "eval.template": Field("a photo of a {}.", str),  # what a CLIP is told of a class: zero-shot accuracy
     "eval.judge": _choice("svc", "svc", "network", "captions"),
 }
 _RESERVED = {path.split(".")[0] for path in TOP}
@@ -373,7 +382,7 @@ def tiny(config: ConfigDict, data: str = "digits") -> ConfigDict:
         stage.train.update(log_every=50, save_every=500, sample_every=500)
     config.name = f"{config.name}_tiny"
     config.sample.update(num=16, batch_size=16, columns=4)
-    config.eval.update(num=64, batch_size=64, bpd_num=32)
+    config.eval.update(num=64, batch_size=64, bpd_num=32, template="a {}")
     return config
 
 
@@ -672,6 +681,8 @@ def validate(config: ConfigDict, *, device_count: int = 1, process_count: int = 
             f"config.eval.guidance is {config.eval.guidance}, but no stage is guided; leave it empty, or add "
             f"{' or '.join(map(repr, SCALED))} to a stage's guidance"
         )
+    if config.eval.template.count("{}") != 1:
+        raise _bad("config.eval.template", "a text with one {} for the name of the class", config.eval.template)
     _check_texts_agree(config)
     before = None
     for name in trained_sections(config):
@@ -724,12 +735,22 @@ def is_clip(section: Mapping[str, Any]) -> bool:
 
 
 def is_prior(section: Mapping[str, Any]) -> bool:
-    """Whether a section describes a prior, a diffusion stage whose sample is an embedding."""
-    return section["net"]["name"] == "prior"
+    """Whether a section describes a prior, a stage whose sample is an embedding."""
+    return section["net"]["name"] in ("prior", "code_prior")
+
+
+def is_code_prior(section: Mapping[str, Any]) -> bool:
+    """Whether a section describes an autoregressive prior, which writes the embedding code by code."""
+    return section["net"]["name"] == "code_prior"
+
+
+def has_fitted(section: Mapping[str, Any]) -> bool:
+    """Whether sampling needs, besides parameters, what is fitted to the data: a codec, or an analytic variance."""
+    return is_code_prior(section) or section["variance"] == "analytic"
 
 
 def is_sampled(section: Mapping[str, Any]) -> bool:
-    """Whether a section describes a diffusion stage, and not a classifier or CLIP."""
+    """Whether a section describes a stage that sampling runs, and not a classifier or CLIP."""
     return not is_classifier(section) and not is_clip(section)
 
 
@@ -760,6 +781,14 @@ def picture_shape(config: Mapping[str, Any], name: str) -> tuple[int, int, int]:
     height, width, channels = section["shape"]
     times = -(-clip[0] // height) if "image_embedding" in section["takes"] else 1
     return (times * height, times * width, channels)
+
+
+def training_shape(config: Mapping[str, Any], name: str) -> tuple[int, int, int]:
+    """`picture_shape`, or what is left of it where image embeddings are read from files: a prior needs no picture."""
+    section = config[name]
+    if not section["data"]["embeddings"]:
+        return picture_shape(config, name)
+    return (1, 1, 3) if is_prior(section) else tuple(section["shape"])
 
 
 def _check_known(path: str, value: Any, fields: Mapping[str, Field]):
@@ -837,12 +866,16 @@ def _check_conditions(stage: ConfigDict, where: str):
         )
     if "text" in stage.takes and text.width % text.heads:
         raise UserError(f"{where}.net.text.heads must divide {where}.net.text.width, {text.width}, got {text.heads}")
-    for kind, section in (("prior", stage.net.prior), ("clip", stage.embedding)):
-        path = "net.prior" if kind == "prior" else "embedding"
-        default = stage_defaults().net.prior if kind == "prior" else stage_defaults().embedding
-        if stage.net.name != kind and section.to_dict() != default.to_dict():
+    default = stage_defaults()
+    for kinds, path, section, usual in (
+        (("prior", "code_prior"), "net.prior", stage.net.prior, default.net.prior),
+        (("code_prior",), "codes", stage.codes, default.codes),
+        (("clip",), "embedding", stage.embedding, default.embedding),
+    ):
+        if stage.net.name not in kinds and section.to_dict() != usual.to_dict():
             raise UserError(
-                f"{where}.{path} is set, but {where}.net.name is {stage.net.name!r}; it is for {kind!r}: leave it alone"
+                f"{where}.{path} is set, but {where}.net.name is {stage.net.name!r}; it is for "
+                f"{' and '.join(map(repr, kinds))}: leave it alone"
             )
     for condition, section in (("text", stage.text), ("inpaint", stage.inpaint), ("text", text)):
         path = "net.text" if section is text else condition
@@ -889,6 +922,10 @@ def _check_low_res(stage: ConfigDict, where: str, before: ConfigDict | None, nam
         )
     if c.level > c.noise:
         raise UserError(f"{where}.level must be at most {where}.noise, {c.noise:g}, got {c.level:g}")
+    if c.degrade != "none" and (c.blur or c.jpeg):
+        raise UserError(
+            f"{where}.degrade is {c.degrade!r}, which blurs and writes JPEG itself; leave blur and jpeg out"
+        )
     if c.blur_sigma[0] > c.blur_sigma[1] or (c.jpeg and c.jpeg[0] > c.jpeg[-1]):
         raise UserError(f"{where}.blur_sigma and jpeg are ranges, lowest first; got {c.blur_sigma} and {c.jpeg}")
     step = math.lcm(c.factor, 2 ** (len(stage.net.channel_mult) - 1))
@@ -996,6 +1033,8 @@ def _check_clip(stage: ConfigDict, where: str):
 def _check_embeddings(config: ConfigDict, stage: ConfigDict, where: str):
     """A stage that reads or makes embeddings, and the CLIP that it gets them from."""
     taken = [name for name in stage.takes if name in EMBEDDINGS]
+    if stage.data.embeddings and not is_prior(stage) and "image_embedding" not in taken:
+        raise UserError(f"{where}.data.embeddings is set, but {where} reads no image embedding; leave it empty")
     if not taken and not is_prior(stage):
         if stage.clip:
             raise UserError(
@@ -1032,13 +1071,16 @@ def _check_prior(config: ConfigDict, stage: ConfigDict, where: str):
     if not stage.takes or set(stage.takes) - {*readable}:
         some = ", ".join(map(repr, readable))
         raise UserError(f"{where}.takes must be some of {some} for a prior, got {stage.takes}")
+    guidance = ("classifier_free",) if is_code_prior(stage) else ("classifier_free", "clip_denoised")
+    if is_code_prior(stage):
+        _check_codes(stage, where)
     if net.width % net.heads:
         raise UserError(f"{where}.net.prior.heads must divide {where}.net.prior.width, {net.width}, got {net.heads}")
     for field, value, allowed in (
         ("loss.name", stage.loss.name, ("simple",)),
         ("timesteps.name", stage.timesteps.name, ("uniform", "stratified")),
         ("predicts", stage.predicts, ("x", "eps", "v")),
-        *(("guidance", name, ("classifier_free", "clip_denoised")) for name in stage.guidance),
+        *(("guidance", name, guidance) for name in stage.guidance),
     ):
         if value not in allowed:
             raise UserError(f"{where}.{field} must be of {', '.join(map(repr, allowed))} for a prior, got {value!r}")
@@ -1050,6 +1092,19 @@ def _check_prior(config: ConfigDict, stage: ConfigDict, where: str):
             raise UserError(
                 f"config.{stage.clip}.embedding.{name} must be 0, 1 or {stage.shape[0]} numbers, got {count} of them"
             )
+
+
+def _check_codes(stage: ConfigDict, where: str):
+    c = stage.codes
+    if c.components > stage.shape[0]:
+        raise UserError(f"{where}.codes.components must be at most the {stage.shape[0]} dimensions, got {c.components}")
+    if c.examples < max(c.buckets, c.components):
+        raise UserError(
+            f"{where}.codes.examples must be at least codes.buckets and codes.components, {c.buckets} and "
+            f"{c.components}, got {c.examples}"
+        )
+    if "text_embedding" not in stage.takes:
+        raise UserError(f"{where}.takes must hold 'text_embedding' for a code prior, got {stage.takes}")
 
 
 def _check_last(config: ConfigDict, stage: ConfigDict, where: str):
@@ -1144,6 +1199,8 @@ def _check_diffusion(stage: ConfigDict, where: str):
             f"{where}.loss.name 'hybrid' trains a learned variance, but {where}.variance is "
             f"{stage.variance!r}; use 'learned_range', or the loss 'simple'"
         )
+    if stage.variance == "analytic" and stage.net.name != "prior":
+        raise UserError(f"{where}.variance 'analytic' is for a diffusion prior, got net.name {stage.net.name!r}")
     _check_steps(stage, f"{where}.steps", stage.steps)
 
 

@@ -6,6 +6,7 @@ As a command, `python -m diffax.evaluate A B`, it compares two sets of pictures:
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from diffax import (
     schedules,
     stages,
 )
+from diffax.convert.inception import VARIABLE as INCEPTION
 from diffax.errors import UserError
 
 
@@ -196,6 +198,83 @@ def sample_to_folder(
     return files
 
 
+def training_pictures(section: Mapping[str, Any], source: pathlib.Path) -> compare.Pictures:
+    """All pictures that a section is trained on, in order, in its size, never flipped nor cropped at random.
+
+    Args:
+      section: the section.
+      source: what to call them; `compare` keeps their statistics beside it.
+    """
+    c, shape = section["data"], section["shape"]
+    opened = data.load_source(c, shape=shape)
+
+    def chunks(size: int) -> Iterator[np.ndarray]:
+        stream = data.batches(opened, c, shape=shape, batch_size=size, seed=0, keys=(), train=False)
+        for batch in stream:
+            pictures = images.to_uint8(batch["image"], nearest=True)
+            yield np.broadcast_to(pictures, (*pictures.shape[:3], 3))
+
+    return compare.Pictures(source, len(opened), (), chunks, [])
+
+
+def choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Arguments of a call of a `SampleFn`: every combination of what the config's `eval` has of guidance, samplers and
+    steps; the config's own where it has none."""
+    kinds = {"guidance": settings["guidance"], "sampler": settings["samplers"], "steps": settings["steps"]}
+    kinds = {name: values for name, values in kinds.items() if values}
+    return [dict(zip(kinds, chosen, strict=True)) for chosen in itertools.product(*kinds.values())]
+
+
+def compared(
+    make: Callable[[pathlib.Path, Mapping[str, Any]], Any],
+    chosen: Sequence[Mapping[str, Any]],
+    workdir: pathlib.Path,
+    *,
+    reference: str,
+    section: Mapping[str, Any],
+    inception: str | None,
+    batch_size: int,
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Compares samples with real pictures by the numbers of papers, or by another where their network is missing.
+
+    Args:
+      make: (folder, choice) makes the samples of a choice in a folder, those that are missing there.
+      chosen: see `choices`.
+      workdir: where samples and statistics go.
+      reference: real pictures or their statistics, see `compare.statistics_of`; or 'data', those of the training.
+      section: of the stage that makes the pictures.
+      inception: weights of the FID's network, see `convert.inception.find`; where there are none, the Frechet distance
+        of patches is computed, under that name.
+      batch_size: pictures at once, in the network.
+
+    Yields:
+      (row, what it is about): the row has the choice, the number of samples and the numbers of `compare.compare`.
+
+    Raises:
+      UserError: there is no such reference, or it is of other pictures; told before anything is sampled if it can be.
+    """
+    features = "inception" if inception or os.environ.get(INCEPTION) else "patches"
+    about, measure = compare.measurement(features, inception, batch_size=batch_size)
+    if reference == "data":
+        pictures = training_pictures(section, workdir / "training_data")
+        real, notes = compare.statistics_of_pictures(pictures, measure, about=about)
+    else:
+        real, notes = compare.statistics_of(reference, measure, about=about)
+    if "size" in real and tuple(real["size"]) != tuple(section["shape"][:2]):
+        size, made = ("x".join(map(str, side)) for side in (real["size"], section["shape"][:2]))
+        raise UserError(f"the reference has pictures of {size}, and the model makes {made}; {reference}; resize them")
+    if features != "inception":
+        notes = [*notes, f"no Inception weights (--inception, {INCEPTION}): frechet_patches is no FID"]
+    for choice in chosen:
+        name = "_".join(f"{key}_{value}" for key, value in choice.items())
+        folder = workdir / "evaluation" / f"samples_{name}" if name else workdir / "samples"
+        make(folder, choice)
+        made, more = compare.statistics_of(folder, measure, about=about)
+        results, last = compare.compare(made, real, features=features)
+        told = {"reference": reference, **about, "reference_pictures": int(real["count"]) or None}
+        yield {**choice, "samples": int(made["count"]), **results}, {**told, "notes": [*notes, *more, *last]}
+
+
 def _check_same(listing: pathlib.Path, stated: Mapping[str, Any]) -> None:
     """Raises UserError that names the first difference between what is stated and what the file says."""
     try:
@@ -238,7 +317,7 @@ def caption_scores(
         made = sample_fn(1, prompt=asked, guidance=scale, batch_size=settings["batch_size"])
         images.check_finite(made)
         row: dict[str, Any] = {
-            "steps": len(first.sampling.t.time),
+            "steps": first.num_steps,
             "sampler": sample_fn.config[first.name]["sampler"]["name"],
         }
         if first.is_guided:
@@ -380,7 +459,8 @@ def guide_accuracy(
       params: its parameters.
       batch: 'image' [N, H, W, C] and 'label' [N], or 'text' [N, L].
       batch_size: pictures at once; a CLIP tells apart as many as a device has of them.
-      levels: number of noise levels, u = 1 / levels .. 1.
+      levels: number of noise levels, u = 1 / levels .. 1; a CLIP of clean pictures, which none of them reaches, is
+        asked once.
       seed: of the noise.
 
     Returns:
@@ -396,7 +476,8 @@ def guide_accuracy(
     run, n = parallel.map_batch(terms), len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
     rows, u = [], np.arange(1, levels + 1, dtype=np.float32) / levels
-    for level in reporting.progress_bar(u, "noise levels"):
+    asked = u if getattr(model, "noised", True) else u[:1]
+    for level in reporting.progress_bar(asked, "noise levels"):
         done = []
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
@@ -404,7 +485,8 @@ def guide_accuracy(
             out = run(params, batch["image"][index], batch[target][index], keys[index], at)
             done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
         rows.append(jax.tree.map(lambda *parts: np.concatenate(parts).mean(), *done))
-    return {"u": u} | {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {"u": u} | {name: np.broadcast_to(values, u.shape) for name, values in found.items()}
 
 
 def write_classifier_report(folder: pathlib.Path, found: Mapping[str, np.ndarray], step: int) -> dict[str, float]:

@@ -7,14 +7,27 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import absl.logging
 import jaxlib
 import numpy as np
 
-from diffax import checkpoint, data, evaluate, images, parallel, pipeline, stages, train
+from diffax import (
+    ahead,
+    checkpoint,
+    compare,
+    data,
+    editing,
+    evaluate,
+    images,
+    metrics,
+    parallel,
+    pipeline,
+    stages,
+    train,
+)
 from diffax import config as configs
 from diffax.errors import RunError, UserError
 
@@ -41,9 +54,7 @@ def run_train(job: Job) -> None:
         raise UserError(
             f"{chosen} is trained elsewhere; config.{chosen}.workdir={config[chosen]['workdir']}; leave that empty"
         )
-    sources = {
-        name: data.load_source(config[name]["data"], shape=configs.picture_shape(config, name)) for name in names
-    }
+    sources = {name: open_data(job, name) for name in names}
     for name in names:
         check_data(name, config[name], sources[name])
         pipeline.text_tokenizer(config[name])  # a vocabulary that is missing is told of now
@@ -55,6 +66,43 @@ def run_train(job: Job) -> None:
     makes_pictures = any(configs.makes_pictures(config[name]) for name in config["stages"])
     if makes_pictures and all(is_trained(job, name) for name in configs.trained_sections(config)):
         run_sample(job)
+
+
+def open_data(job: Job, name: str) -> data.Source:
+    """The data that a section is trained on; with the image embeddings that lie in files, if it has any."""
+    config, c = job.config, job.config[name]["data"]
+    if not c["embeddings"]:
+        return data.load_source(c, shape=configs.picture_shape(config, name))
+    _, clip = pipeline.image_embedder(config, name, job.workdir)
+    size = config[config[name]["clip"]]["net"]["features"]
+    embedded = data.embedded(c["embeddings"], clip=clip, size=size)
+    if configs.is_prior(config[name]):
+        return embedded
+    return data.with_embeddings(data.load_source(c, shape=configs.training_shape(config, name)), embedded)
+
+
+def run_embed(job: Job) -> None:
+    """Computes the image embeddings of the training data, into the folder that `data.embeddings` names."""
+    config = job.config
+    names = [n for n in ([job.args.stage] if job.args.stage else config["stages"]) if config[n]["data"]["embeddings"]]
+    if not names:
+        raise UserError("no folder is named; --mode=embed; pass --config.NAME.data.embeddings=FOLDER")
+    for name in names:
+        c, shape = config[name]["data"], tuple(config[config[name]["clip"]]["shape"])
+        embed, clip = pipeline.image_embedder(config, name, job.workdir)
+        files = data.write_embeddings(
+            c["embeddings"],
+            data.load_source(c, shape=shape),
+            c,
+            shape=shape,
+            embed=embed,
+            clip=clip,
+            batch_size=max(1, config[name]["train"]["batch_size"] // parallel.process_count()),
+            process_index=parallel.process_index(),
+            process_count=parallel.process_count(),
+        )
+        for done, total in files:
+            print(f"embedded: {done} of {total} files, {c['embeddings']}", file=sys.stderr, flush=True)
 
 
 def is_trained(job: Job, name: str) -> bool:
@@ -89,30 +137,37 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
     folder = job.workdir / name
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as found:
         run.check(found)
+        is_new = found.latest() is None
     if parallel.process_index() == 0:
         text = json.dumps(config, indent=2) + "\n"
         images.write_atomically(job.workdir / "config.json", lambda f: f.write(text.encode()))
         names = json.dumps(source.class_names)
         images.write_atomically(folder / "classes.json", lambda f: f.write(names.encode()))
 
-    def batches(first_step: int):
-        keys = [k for k in model.reads if k in source.keys]
+    def batches(first_step: int, *, shared: bool = False):
+        """This process's batches from a step on; `shared`: batches as small, but the same in every process."""
+        processes = parallel.process_count()
+        keys = [k for k in dict.fromkeys((*model.reads, "image_embedding")) if k in source.keys]
         by_clip = prepare and "clip_text" in model.reads
+        low_res = section["low_res"]
         found = data.batches(
             data.captioned(source) if by_clip else source,
             section["data"],
-            shape=configs.picture_shape(config, name),
-            batch_size=section["train"]["batch_size"],
+            shape=configs.training_shape(config, name),
+            batch_size=section["train"]["batch_size"] // (processes if shared else 1),
             seed=config["seed"],
             start_step=first_step,
-            process_index=parallel.process_index(),
-            process_count=parallel.process_count(),
+            process_index=0 if shared else parallel.process_index(),
+            process_count=1 if shared else processes,
             keys=(*keys, *(["caption"] if by_clip else [])),
             tokenize=pipeline.text_tokenizer(section),
-            low_res=section["low_res"] if section["low_res"]["jpeg"] else None,
+            low_res=low_res if low_res["jpeg"] or low_res["degrade"] != "none" else None,
         )
         return map(prepare, found) if prepare else found
 
+    if is_new and configs.is_code_prior(section):
+        model = pipeline.with_codec(model, section, folder, batches(0, shared=True))
+        run = train.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
     train.fit(
         run,
         folder,
@@ -122,9 +177,22 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
         tensorboard=job.args.tensorboard,
         curve=CURVES[type(model)],
     )
+    if section["variance"] == "analytic":
+        pipeline.fit_residual(model, config, job.workdir, lambda: batches(0, shared=True))
 
 
 CURVES = {stages.Stage: ("loss",), stages.NoisedClassifier: ("loss", "top1"), stages.Clip: ("loss", "image_top1")}
+
+
+def guide_scores(config: dict[str, Any], model, params, held_out, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """`evaluate.guide_accuracy`; of a CLIP of clean pictures and data with classes, zero-shot accuracy too."""
+    size = config["eval"]["batch_size"]
+    found = evaluate.guide_accuracy(model, params, held_out, batch_size=size)
+    if not isinstance(model, stages.Clip) or model.noised or not names or "label" not in held_out:
+        return found
+    template, section = config["eval"]["template"], config[model.name]
+    accuracy = pipeline.zero_shot_accuracy(model, params, section, held_out, names, template=template, batch_size=size)
+    return found | {"zero_shot": np.full(len(found["u"]), accuracy)}
 
 
 def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Callable[[Any, int], None] | None:
@@ -136,7 +204,7 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
         held_out = evaluate.held_out_examples(section, config["eval"]["num"])
 
         def score(params, step):
-            found = evaluate.guide_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
+            found = guide_scores(config, model, params, held_out, source.class_names)
             evaluate.write_classifier_report(folder, found, step)
 
         return score
@@ -163,25 +231,32 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
 SAMPLES_IN_MEMORY = 1000
 
 
-def save_many(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompts: Sequence[str]) -> None:
-    """Samples into files of WORKDIR/samples, for `python -m diffax.evaluate`; draws the first ones."""
+def sample_many(
+    job: Job, sample_fn: pipeline.SampleFn, prompts: Sequence[str], folder: pathlib.Path, choice: Mapping[str, Any]
+) -> list[pathlib.Path]:
+    """Samples into files of a folder, by a choice of arguments besides the config; makes those that are missing."""
     c, names = job.config["sample"], [stage.name for stage in sample_fn.stages]
     num = max(c["num"], len(prompts))
     cond = pipeline.sample_conditions(sample_fn, num, prompts)
 
     def sample(first: int, count: int) -> np.ndarray:
         some = {name: values[first : first + count] for name, values in cond.items()}
-        return sample_fn(c["seed"], count, first=first, batch_size=c["batch_size"], **some)
+        return sample_fn(c["seed"], count, first=first, batch_size=c["batch_size"], **some, **choice)
 
     how = {
         name: {k: job.config[name].get(k) for k in ("steps", "sampler", "guidance", "guidance_scale")} for name in names
     }
     which = {"training_step": dict(sample_fn.step), "ema": job.args.ema, "raw": job.args.raw}
-    about = {"seed": c["seed"], "num": num, **which, "stages": how, "prompts": list(prompts)}
-    folder = job.workdir / "samples"
-    files = evaluate.sample_to_folder(sample, folder, num, about=about, labels=cond.get("label"))
+    about = {"seed": c["seed"], **which, "stages": how, "prompts": list(prompts), **choice}
+    return evaluate.sample_to_folder(sample, folder, num, about=about, labels=cond.get("label"))
+
+
+def save_many(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompts: Sequence[str]) -> None:
+    """Samples into files of WORKDIR/samples, for `python -m diffax.evaluate`; draws the first ones."""
+    folder, columns = job.workdir / "samples", job.config["sample"]["columns"]
+    files = sample_many(job, sample_fn, prompts, folder, {})
     with np.load(files[0], allow_pickle=False) as file:
-        pipeline.draw_grid(path, images.from_uint8(file["arr_0"][: 8 * c["columns"]]), columns=c["columns"])
+        pipeline.draw_grid(path, images.from_uint8(file["arr_0"][: 8 * columns]), columns=columns)
     print(f"samples: {path}\nsamples: {folder}\nto score them: python -m diffax.evaluate {folder} REFERENCE")
 
 
@@ -222,16 +297,7 @@ def asked_prompts(job: Job) -> list[str]:
         return [job.args.prompt]
     if not job.args.prompts:
         return []
-    try:
-        lines = pathlib.Path(job.args.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the prompts ({error}); --prompts={job.args.prompts}; one a line, UTF-8"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"there are no prompts; --prompts={job.args.prompts}; write one a line")
-    return prompts
+    return compare.read_prompts(job.args.prompts)
 
 
 def run_sample(job: Job) -> None:
@@ -351,8 +417,147 @@ def enlarge_samples(
     return made, cond.get("label")
 
 
+# ---- edits by the latents of unCLIP ---------------------------------------------------------------------------------
+
+Row = list[tuple[np.ndarray, str]]  # pictures [h, w, C] and what stands under them
+
+
+class Edit(NamedTuple):
+    """One of `--edit`.
+
+    Attributes:
+      rows: (sample_fn, job, pictures [h, w, C], prompts) -> what is drawn, row by row.
+      inputs: the least and the most pictures that it takes.
+      needs: flags that must be given; allows: those that may be.
+    """
+
+    rows: Callable[..., list[Row]]
+    inputs: tuple[int, int]
+    needs: tuple[str, ...] = ()
+    allows: tuple[str, ...] = ()
+
+
+def _row(pictures: Sequence[np.ndarray], labels: Sequence[Any]) -> Row:
+    shown = [f"{label:.2g}" if isinstance(label, float) else str(label) for label in labels]
+    return list(zip(pictures, shown, strict=True))
+
+
+def _how(job: Job, prompts: Sequence[str] = ()) -> dict[str, Any]:
+    """What most functions of `editing` take."""
+    c = job.config["sample"]
+    return {"seed": c["seed"], "batch_size": c["batch_size"], "prompt": prompts[0] if prompts else ""}
+
+
+def _reconstruct_rows(sample_fn: pipeline.SampleFn, job: Job, pictures, prompts) -> list[Row]:
+    how, rng, rows = _how(job, prompts), np.random.default_rng(job.config["sample"]["seed"]), []
+    for picture in pictures:
+        found = editing.encode(sample_fn, picture, prompt=how["prompt"])
+        other = found._replace(noise=rng.standard_normal(found.noise.shape, np.float32))
+        row = _row([picture], ["input"])
+        for name, latents in (("its noise", found), ("another", other)):
+            made = editing.decode(sample_fn, latents, **how)
+            row += _row(made, [f"{name}, {metrics.psnr(made, picture[None]):.1f} dB"])
+        rows.append(row)
+    return rows
+
+
+def _variation_rows(sample_fn: pipeline.SampleFn, job: Job, pictures, prompts) -> list[Row]:
+    count, eta = job.args.count, job.args.strength or 1.0
+    made = [editing.variations(sample_fn, p, count, eta=eta, **_how(job, prompts)) for p in pictures]
+    return [_row([p, *of], ["input", *[""] * count]) for p, of in zip(pictures, made, strict=True)]
+
+
+def _interpolation_rows(sample_fn: pipeline.SampleFn, job: Job, pictures, prompts) -> list[Row]:
+    weights = np.linspace(0, 1, job.args.count)
+    made = editing.interpolations(sample_fn, *pictures, weights=weights, **_how(job, prompts))
+    return [_row([pictures[0], *made, pictures[1]], ["input", *map(float, weights), "input"])]
+
+
+def _diff_rows(sample_fn: pipeline.SampleFn, job: Job, pictures, prompts) -> list[Row]:
+    weights, to = np.linspace(0, job.args.strength or 0.5, job.args.count), job.args.to
+    how = {"weights": weights, "shown": prompts[0] if prompts else None, **_how(job)}
+    made = [editing.text_diffs(sample_fn, p, to, **how) for p in pictures]
+    labels = ["input", *map(float, weights[:-1]), f"{weights[-1]:.2g} {to}"]
+    return [_row([p, *of], labels) for p, of in zip(pictures, made, strict=True)]
+
+
+def _component_rows(sample_fn: pipeline.SampleFn, job: Job, pictures, prompts) -> list[Row]:
+    stage = editing.decoder_of(sample_fn).painter
+    section, shape = job.config[stage.name]["data"], configs.picture_shape(job.config, stage.name)
+    size = stage.clip.net.image.features
+    many = data.examples(data.load_source(section, shape=shape), section, shape=shape, limit=8 * size)["image"]
+    embeddings = sample_fn.embed(many)
+    counts = np.unique(np.rint(np.geomspace(1, min(embeddings.shape), job.args.count)).astype(int)).tolist()
+    made = [editing.component_views(sample_fn, p, embeddings, counts, **_how(job, prompts)) for p in pictures]
+    return [_row([*of, p], [*counts, "input"]) for p, of in zip(pictures, made, strict=True)]
+
+
+def _prior_rows(sample_fn: pipeline.SampleFn, job: Job, pictures, prompts) -> list[Row]:
+    asked = [prompts[i % len(prompts)] for i in range(max(job.args.count, len(prompts)))]
+    how = {k: v for k, v in _how(job).items() if k != "prompt"}
+    made = editing.with_and_without_prior(sample_fn, asked, **how)
+    return [_row(of, [f"{name}: {prompt}" for prompt in asked]) for name, of in made.items()]
+
+
+EDITS = {
+    "reconstruct": Edit(_reconstruct_rows, (1, 100), allows=("prompt",)),
+    "variations": Edit(_variation_rows, (1, 100), allows=("prompt", "strength")),
+    "interpolate": Edit(_interpolation_rows, (2, 2), allows=("prompt",)),
+    "diff": Edit(_diff_rows, (1, 100), needs=("to",), allows=("prompt", "strength")),
+    "pca": Edit(_component_rows, (1, 100), allows=("prompt",)),
+    "prior": Edit(_prior_rows, (0, 0), allows=("prompt", "prompts")),
+}
+
+
+def run_edit(job: Job) -> None:
+    """Edits --input by its latents, or paints with and without the prior; draws rows like the figures of DALL-E 2."""
+    args = job.args
+    if args.edit not in EDITS:
+        near = configs.closest(args.edit or "", EDITS)
+        raise UserError(f"unknown --edit={args.edit}{near}; --mode=edit; use one of {', '.join(EDITS)}")
+    edit, files = EDITS[args.edit], args.input.split(",") if args.input else []
+    least, most = edit.inputs
+    if not least <= len(files) <= most:
+        wanted = {0: "no picture", 1: "one or more pictures", 2: "two pictures"}[least]
+        raise UserError(f"--edit={args.edit} takes {wanted}, got {len(files)}; --input; write it as a.png,b.png")
+    given = [name for name in ("prompt", "prompts", "to", "strength", "mask") if getattr(args, name) is not None]
+    for name in (*edit.needs, *given):
+        if name not in (*edit.needs, *edit.allows):
+            raise UserError(f"--edit={args.edit} takes no --{name}; --mode=edit; leave it out")
+        if name not in given:
+            raise UserError(f"--edit={args.edit} takes --{name}; --mode=edit; pass it, as in --{name}='a red ring'")
+    prompts = asked_prompts(job)
+    if args.edit == "prior" and not prompts:
+        raise UserError("--edit=prior takes a caption; --mode=edit; pass --prompt or --prompts")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UserError(f"strength is {args.strength}; --strength; pass a number above 0, the picture, up to 1")
+    if args.count < 2:
+        raise UserError(f"--count={args.count}; --mode=edit; ask for two pictures in a row, or more")
+    path = pathlib.Path(args.output or job.workdir / f"{args.edit}.png")
+    if args.output and path.exists() and not args.overwrite:
+        raise UserError(f"the output exists; {path}; pass --overwrite or another --output")
+    pictures = [images.read_image(file) for file in files]
+    sample_fn = load_trained(job)
+    if args.prompt is not None and args.edit != "diff" and not editing.decoder_of(sample_fn).tokenizers:
+        raise UserError("this decoder reads no text; --prompt; leave it out")
+    if parallel.process_index() != 0:
+        return
+    last = sample_fn.stages[-1]
+    pictures = [as_read_by(last, data.image_ops.center_crop(picture, *last.shape[:2])) for picture in pictures]
+    rows = edit.rows(sample_fn, job, pictures, prompts)
+    shown, labels = zip(*sum(rows, []), strict=True)
+    pipeline.draw_grid(path, np.stack(shown), columns=len(rows[0]), labels=labels)
+    print(f"{args.edit}: {path}")
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
 def run_evaluate(job: Job) -> None:
-    """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures."""
+    """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures. See also `compare_samples`."""
+    if job.args.reference is not None:
+        compare_samples(job)
+        return
     config = job.config
     for name in configs.trained_sections(config):
         if config["eval"]["num"] and not configs.is_sampled(config[name]) and is_trained(job, name):
@@ -391,6 +596,35 @@ def run_evaluate(job: Job) -> None:
     print(f"report: {job.workdir / 'evaluation.md'}")
 
 
+def compare_samples(job: Job) -> None:
+    """Compares `sample.num` samples with --reference; writes comparison.json and comparison.md."""
+    sample_fn, prompts = load_trained(job), asked_prompts(job)
+    stage, config = sample_fn.stages[-1], job.config
+    if "low_res" in sample_fn.takes or stage.emits != "low_res":
+        raise UserError(
+            f"{stage.name} does not make pictures from noise alone; --reference; score the samples of a whole system"
+        )
+    if parallel.process_index() != 0:
+        return
+    rows, about = [], {}
+    for row, told in evaluate.compared(
+        lambda folder, choice: sample_many(job, sample_fn, prompts, folder, choice),
+        evaluate.choices(config["eval"]),
+        job.workdir,
+        reference=job.args.reference,
+        section=config[stage.name],
+        inception=job.args.inception,
+        batch_size=config["eval"]["batch_size"],
+    ):
+        show_row(row)
+        rows.append(row)
+        about = told
+    for note in about["notes"]:
+        print(f"diffax: note: {note}", file=sys.stderr)
+    print(evaluate.write_report(job.workdir, rows, {**report_header(job, sample_fn), **about}, name="comparison"))
+    print(f"report: {job.workdir / 'comparison.md'}")
+
+
 def report_header(job: Job, sample_fn: pipeline.SampleFn) -> dict[str, Any]:
     """What a report is about."""
     return {"name": job.config["name"], "training_step": dict(sample_fn.step)}
@@ -424,7 +658,7 @@ def evaluate_guide(job: Job, name: str) -> None:
     )
     held_out = evaluate.held_out_examples(section, config["eval"]["num"])
     model = stages.build(config, name)
-    found = evaluate.guide_accuracy(model, params, held_out, batch_size=config["eval"]["batch_size"])
+    found = guide_scores(config, model, params, held_out, class_names(job))
     row = evaluate.write_classifier_report(job.workdir / name, found, step)
     print(f"{name} on {len(held_out['image'])} held-out pictures: {row}", file=sys.stderr, flush=True)
 
@@ -436,10 +670,30 @@ def write_progress(sample_fn: pipeline.SampleFn, config: dict, path: pathlib.Pat
     pipeline.draw_grid(path, kept.reshape(rows * moments, *kept.shape[2:]), columns=moments)
 
 
+def run_compile(job: Job) -> None:
+    """Compiles the train step and the sampler of each section; prints what they need, and keeps it in the workdir."""
+    config, args, found = job.config, job.args, []
+    for name in [args.stage] if args.stage else configs.trained_sections(config):
+        for program in [args.program] if args.program else ahead.PROGRAMS:
+            if program == "sample" and not configs.is_sampled(config[name]):
+                continue
+            row = ahead.report(config, name, program, topology=args.topology, folder=job.workdir / "ahead")
+            print(ahead.describe(row), flush=True)
+            if "cached" in row:
+                print(f"  from {row['cached']}; delete it to compile again")
+            found.append(row)
+            text = ahead.table(found)
+            images.write_atomically(job.workdir / "ahead" / "report.md", lambda f, text=text: f.write(text.encode()))
+    print(f"report: {job.workdir / 'ahead' / 'report.md'}")
+
+
 MODES: dict[str, Callable[[Job], None]] = {
     "train": run_train,
+    "embed": run_embed,
     "sample": run_sample,
+    "edit": run_edit,
     "evaluate": run_evaluate,
+    "compile": run_compile,
 }
 
 
@@ -484,14 +738,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--input",
         metavar="FILE",
-        help="sample: enlarge this picture, or the samples of an .npz file, by --stage (default the last one)",
+        help="sample: enlarge this picture, or the samples of an .npz file, by --stage (default the last one); edit: "
+        "pictures, as a.png,b.png",
     )
     p.add_argument("--prompt", metavar="TEXT", help="sample: what the pictures show, for models that read text")
     p.add_argument("--prompts", metavar="FILE", help="sample: prompts, one a line")
     p.add_argument("--mask", metavar="FILE", help="sample: what of --input to keep, white, and what to fill in, black")
     p.add_argument("--strength", type=float, help="sample: paint over --input; 0.3 stays near it, 1 forgets it")
-    p.add_argument("--output", help="sample: the picture to write (default WORKDIR/samples.png)")
-    p.add_argument("--overwrite", action="store_true", help="sample: replace the output")
+    p.add_argument("--edit", help=f"edit: {', '.join(EDITS)}, of a system whose decoder takes image embeddings")
+    p.add_argument("--to", metavar="TEXT", help="edit, diff: the caption to go to, from --prompt, what is there")
+    p.add_argument("--count", type=int, default=7, help="edit: pictures made in a row (default 7)")
+    p.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="evaluate: FID, sFID, IS, precision, recall and KID of sample.num samples beside these pictures, or these "
+        "statistics (see python -m diffax.evaluate --help); 'data': beside all the training data",
+    )
+    p.add_argument("--inception", metavar="FILE", help="evaluate: weights of the FID's network, or 'fetch'")
+    p.add_argument(
+        "--topology", default="", metavar="SLICE", help="compile: for this TPU slice, such as v5e:4x4 (diffax[tpu])"
+    )
+    p.add_argument("--program", help=f"compile: {' or '.join(ahead.PROGRAMS)} alone")
+    p.add_argument("--output", help="sample, edit: the picture to write (default WORKDIR/samples.png)")
+    p.add_argument("--overwrite", action="store_true", help="sample, edit: replace the output")
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (diffax[log])")
     p.add_argument(
         "--coordinator", default="", metavar="HOST:PORT", help="several processes: where process 0 listens, or auto"
@@ -536,6 +805,8 @@ def prepare(argv: Sequence[str]) -> Job:
     if args.mode not in MODES:
         near = configs.closest(args.mode, MODES)
         raise UserError(f"unknown --mode={args.mode}{near}; command line; modes are {', '.join(MODES)}")
+    if args.edit and args.mode != "edit":
+        raise UserError(f"--edit={args.edit} is for another mode; command line; pass --mode=edit")
     if args.config is None and (args.mode == "train" or args.workdir is None):
         raise UserError("no config; command line; pass --config=configs/quickstart.py (see --help)")
     if args.config is None:
@@ -545,16 +816,23 @@ def prepare(argv: Sequence[str]) -> Job:
         config = configs.load(args.config, rest)
     name = config.name if args.config is None else pipeline.default_name(args.config)
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
+    if args.program not in (None, *ahead.PROGRAMS):
+        raise UserError(f"unknown --program={args.program}; command line; use {' or '.join(ahead.PROGRAMS)}")
+    if args.topology and args.mode != "compile":
+        raise UserError("a slice that is not here runs nothing; --topology; pass --mode=compile with it")
     set_cpu_flags()
+    if args.topology:
+        parallel.compile_only()
     try:
         parallel.start(args.coordinator, args.processes, args.process)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes: {error}; --coordinator; see --help") from error
-    configs.validate(config, device_count=parallel.device_count(), process_count=parallel.process_count())
+    count = len(parallel.slice_devices(args.topology)) if args.topology else parallel.device_count()
+    configs.validate(config, device_count=count, process_count=parallel.process_count())
     if args.stage and args.stage not in configs.trained_sections(config):
         there = ", ".join(configs.trained_sections(config))
         raise UserError(f"unknown --stage={args.stage}; command line; stages are {there}")
-    return Job(configs.to_dict(config), workdir, args)
+    return Job(pipeline.with_statistics(configs.to_dict(config), workdir), workdir, args)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -566,7 +844,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and Grain tell of every save and thread
     try:
         job = prepare(argv)
-        cache_compilations(job.workdir)
+        if job.args.mode != "compile":  # what is read from that cache does not say what it needs
+            cache_compilations(job.workdir)
         MODES[job.args.mode](job)
         return 0
     except UserError as error:

@@ -214,7 +214,10 @@ def kid(
 
 
 def clip_score(image: np.ndarray, text: np.ndarray) -> float:
-    """100 times the mean cosine between the CLIP embeddings [N, D] of pictures and of their captions [N, D]."""
+    """CLIP score: 100 E cos(image, text), over pairs of CLIP embeddings of pictures [N, D] and their captions [N, D].
+
+    As in GLIDE (Nichol et al. 2021), which takes the published ViT-B/16: scores of other CLIPs are not comparable.
+    """
     image, text = np.asarray(image, np.float64), np.asarray(text, np.float64)
     if image.shape != text.shape:
         raise ValueError(f"there are {image.shape} and {text.shape} embeddings; give one caption for each picture")

@@ -5,16 +5,22 @@ this process's part of the global batch.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import multihost_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffax.errors import UserError
 
 MODES = ("pmap", "jit", "fsdp")
 AXIS = "data"
@@ -27,10 +33,12 @@ class Layout(NamedTuple):
       mode: 'pmap' (replicated state, explicit means), 'jit' (the same, found by the compiler) or 'fsdp' (jit with
         parameters and optimizer state cut over the devices).
       mesh: the devices of this process under pmap, all devices otherwise, on one axis.
+      devices: those that were chosen; None: all that there are.
     """
 
     mode: str
     mesh: Mesh
+    devices: tuple[Any, ...] | None = None
 
     @property
     def axis_name(self) -> str | None:
@@ -46,16 +54,16 @@ class Layout(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
 
-def layout(mode: str = "pmap") -> Layout:
-    """The layout over all devices that there are.
+def layout(mode: str = "pmap", devices: Sequence[Any] | None = None) -> Layout:
+    """The layout over all devices that there are, or over `devices`, such as those of a slice that is not here.
 
     Raises:
       ValueError: unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"unknown parallel {mode!r}; use one of {', '.join(MODES)}")
-    devices = jax.local_devices() if mode == "pmap" else jax.devices()
-    return Layout(mode, Mesh(np.array(devices), (AXIS,)))
+    there = devices or (jax.local_devices() if mode == "pmap" else jax.devices())
+    return Layout(mode, Mesh(np.array(there), (AXIS,)), tuple(devices) if devices else None)
 
 
 def device_count() -> int:
@@ -103,6 +111,17 @@ def create(where: Layout, init: Callable, *args) -> Any:
     return jax.jit(init, out_shardings=out, compiler_options=options)(*args)
 
 
+def abstract_batch(where: Layout, batch: Any) -> Any:
+    """What `put` makes of the whole global batch, as shapes with their shardings; on no devices but the layout's."""
+    n = where.mesh.size
+
+    def shape(leaf) -> jax.ShapeDtypeStruct:
+        cut = (n, leaf.shape[0] // n, *leaf.shape[1:]) if where.mode == "pmap" else leaf.shape
+        return jax.ShapeDtypeStruct(cut, leaf.dtype, sharding=where.by_example)
+
+    return jax.tree.map(shape, batch)
+
+
 def place(tree: Any, like: Any) -> Any:
     """Arrays of the host where those of `like` are, cut as they are; every process has all of `tree`."""
     return jax.tree.map(
@@ -134,7 +153,9 @@ def compile_step(where: Layout, step: Callable, state: Any) -> Callable:
     """
     step = functools.partial(step, axis_name=where.axis_name)
     if where.mode == "pmap":
-        return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=(0,))
+        return jax.pmap(
+            step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=(0,), devices=where.devices
+        )
     kept = shardings(where, state)
     return jax.jit(
         step,
@@ -161,6 +182,18 @@ def prefetch(where: Layout, batches: Iterable[dict], size: int = 2) -> Iterator[
             queue.append((batch, put(where, batch)))
 
 
+def spread(fn: Callable, devices: Sequence[Any]) -> Callable:
+    """`fn(shared, *per_example)` as a program (shared, [per_example, ...]) of several devices, or of the only one.
+
+    On several the arrays of the examples have a leading device axis, and so have the results.
+    """
+
+    def run(shared, args):
+        return fn(shared, *args)
+
+    return jax.jit(run) if len(devices) == 1 else jax.pmap(run, devices=devices, in_axes=(None, 0))
+
+
 def map_batch(fn: Callable, *, devices: list | None = None) -> Callable:
     """Runs `fn(shared, *per_example)` over this process's devices, for any number of examples.
 
@@ -176,22 +209,81 @@ def map_batch(fn: Callable, *, devices: list | None = None) -> Callable:
     """
     devices = devices or jax.local_devices()
     count = len(devices)
+    mapped = spread(fn, devices)
     if count == 1:
-        return jax.jit(fn)
-    mapped = jax.pmap(lambda shared, args: fn(shared, *args), devices=devices, in_axes=(None, 0))
+        return lambda shared, *args: mapped(shared, args)
 
     def call(shared, *args):
         n = jax.tree.leaves(args)[0].shape[0]
         padded = -(-n // count) * count
 
-        def spread(a):
+        def cut(a):
             a = jnp.concatenate([a, jnp.repeat(a[-1:], padded - n, axis=0)]) if padded > n else a
             return a.reshape(count, padded // count, *a.shape[1:])
 
-        out = mapped(shared, jax.tree.map(spread, args))
+        out = mapped(shared, jax.tree.map(cut, args))
         return jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:n], out)
 
     return call
+
+
+# ---- devices that are not here --------------------------------------------------------------------------------------
+
+# Kinds of TPU: dimensions of a slice, and the most chips of one host.
+SLICES = {"v4": (3, 4), "v5e": (2, 8), "v5p": (3, 4), "v6e": (2, 8)}
+
+
+def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
+    """'v5e:4x4' -> ('v5e', (4, 4)), the kind of TPU and how many chips lie along each dimension of the slice.
+
+    Raises:
+      UserError: it names no slice.
+    """
+    kind, _, dims = name.partition(":")
+    rank = SLICES[kind][0] if kind in SLICES else 2
+    if kind not in SLICES or not re.fullmatch(rf"[1-9]\d{{0,3}}(x[1-9]\d{{0,3}}){{{rank - 1}}}", dims):
+        like = f"{kind}:2x2x4" if rank == 3 else "v5e:4x4"
+        raise UserError(
+            f"there is no TPU slice {name!r}; --topology; kinds are {', '.join(SLICES)}, and it is written as {like}"
+        )
+    return kind, tuple(map(int, dims.split("x")))
+
+
+def compile_only() -> None:
+    """Lets programs be compiled for TPUs where there are none. To be called before any other use of JAX."""
+    # Otherwise libtpu asks a metadata server which TPU this is, and JAX tries to start that one.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(name, value)
+    with contextlib.suppress(RuntimeError):  # it has started already, in a notebook
+        jax.config.update("jax_platforms", "cpu")
+
+
+def slice_devices(name: str) -> list[Any]:
+    """The devices of a TPU slice such as 'v5e:4x4', to compile for and not to run on; `compile_only` comes first.
+
+    Raises:
+      UserError: there is no such slice, or libtpu is not installed.
+    """
+    kind, dims = parse_topology(name)
+    # A slice of one host has that host's shape. A v4 chip has two cores, which programs see as one device.
+    hosts = (*dims, 1, 1)[:3] if math.prod(dims) <= SLICES[kind][1] else (2, 2, 1)
+    more = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(name, platform="tpu", chips_per_host_bounds=hosts, **more)
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise UserError(
+                f"libtpu is not installed, which compiles for TPUs; --topology={name}; pip install 'diffax[tpu]'"
+            ) from None
+        like = f"{kind}:{'x'.join('4' * len(dims))}"
+        raise UserError(
+            f"there is no TPU slice {name!r} ({error}); --topology; sides are even, as in {like}"
+        ) from error
+    return list(found.devices)
 
 
 def agree(stop: bool) -> bool:

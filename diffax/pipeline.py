@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffax import (
     checkpoint,
+    codes,
     conditioning,
     convert,
     data,
@@ -41,6 +46,10 @@ NOT_IN_THE_NETWORK = (
     "guidance_scale",
     "limit",
     "candidates",
+    "embedding.mean",
+    "embedding.std",
+    "codes.examples",
+    "codes.percentile",
     "classifier",
     "last",
     "workdir",
@@ -52,6 +61,7 @@ NOT_IN_THE_NETWORK = (
     "low_res.blur",
     "low_res.blur_sigma",
     "low_res.jpeg",
+    "low_res.degrade",
     "low_res.crop",
     "inpaint",
     "text.vocab",
@@ -99,6 +109,11 @@ class SampleFn:
         readers += [("clip_text", model.name) for model in clips if isinstance(model, stages.Clip)]
         return {condition: text_tokenizer(self.config[name]) for condition, name in readers}
 
+    @property
+    def painter(self) -> stages.Stage | None:
+        """The first stage that makes pictures; None of a prior alone."""
+        return next((s for s in self.stages if s.emits == "low_res"), None)
+
     def __call__(
         self,
         key: int | jax.Array,
@@ -110,9 +125,10 @@ class SampleFn:
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         strength: float | None = None,
+        noise: np.ndarray | None = None,
         level: float | Sequence[float] | Mapping[str, Any] | None = None,
-        steps: str | int | None = None,
-        sampler: str | None = None,
+        steps: str | int | Mapping[str, str | int] | None = None,
+        sampler: str | Mapping[str, str] | None = None,
         eta: float = 0.0,
         keep: int = 0,
         every_stage: bool = False,
@@ -125,7 +141,7 @@ class SampleFn:
         how many devices. New labels, guidance or keys never compile again; a new `steps`, `sampler` or `keep` does.
 
         Args:
-          key: a seed or a typed PRNG key.
+          key: a seed or a typed PRNG key; or [n] keys, one for each picture: equal ones give equal noise.
           n: how many; by default as many as there are conditions, else 1.
           first: the number i of the first one: with n, pictures that an earlier call did not come to.
           prompt: what the pictures show, if a stage reads text: one text for all, or one each; a long one is cut.
@@ -138,16 +154,19 @@ class SampleFn:
             in: by a model that was trained to (it takes 'inpaint'), else by replacement at every step.
           strength: how far from `image` the result may go, in (0, 1]: the share of the steps that are walked from
             `image` made noisy. 1, or none: from noise alone.
+          noise: [h, w, C] or [n, h, w, C], what the first stage that makes pictures starts from in place of noise that
+            is drawn, such as `invert` finds.
           level: noise on the smaller picture that a stage enlarges, as u in [0, 1], up to what it was trained with;
             given like guidance. By default the config's.
-          steps: another choice of steps than the config's, such as 50, 'ddim25' or 'logsnr10'.
-          sampler: another sampler than the config's, a key of `samplers.SAMPLERS`.
+          steps: another choice of steps than the config's, such as 50, 'ddim25' or 'logsnr10'; {stage: choice} where it
+            is not for all.
+          sampler: another sampler than the config's, a key of `samplers.SAMPLERS`, given like steps.
           eta: of DDIM, if it is named here.
           keep: also return this many estimates of each picture on the way (DDPM's progressive generation).
           every_stage: return {stage: pictures} of all stages.
           batch_size: pictures made at once.
           **cond: a value for every picture, or one for all: label, an integer or a list of them; image_embedding, from
-            `embed`, of a decoder without a prior before it.
+            `embed`, of a decoder without a prior before it, or None to withhold it.
 
         Returns:
           [n, H, W, C] float32 in [-1, 1]; with `keep`, also [n, keep, H, W, C]. Embeddings [n, E] of a prior alone.
@@ -160,15 +179,18 @@ class SampleFn:
             edit = self._edit(image, mask, strength)
         elif image is not None:
             cond["low_res"] = images.as_floats(image)
+        if noise is not None:
+            edit["noise"] = self._noise(noise, edited=bool(edit))
         if prompt is not None:
             cond |= self._read(prompt)
-        n = self._count(n, {**cond, **edit}, guidance, level)
+        n = self._count(len(key) if n is None and np.ndim(key) else n, {**cond, **edit}, guidance, level)
         cond = self._conditions(cond, n)
         numbers = {"guidance": self._scales(guidance, n), "level": self._levels(level, n)}
         numbers |= {name: _one_each(name, array, n, 3) for name, array in edit.items()}
-        if sampler is not None and sampler not in samplers.SAMPLERS:
-            near = configs.closest(str(sampler), samplers.SAMPLERS)
-            raise UserError(f"unknown sampler {sampler!r}{near}; sample_fn; use one of {', '.join(samplers.SAMPLERS)}")
+        samplers_of, names = self._chosen("sampler", sampler), samplers.SAMPLERS
+        for unknown in [name for _, name in samplers_of if name not in names]:
+            near = configs.closest(unknown, names)
+            raise UserError(f"unknown sampler {unknown!r}{near}; sample_fn; use one of {', '.join(names)}")
         if batch_size < 1 or keep < 0 or (keep and every_stage):
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         if keep and self.stages[-1].emits != "low_res":
@@ -176,8 +198,8 @@ class SampleFn:
         try:
             run = _compiled(
                 self.stages,
-                None if steps is None else str(steps),
-                sampler,
+                self._chosen("steps", steps),
+                samplers_of,
                 float(eta),
                 keep,
                 every_stage,
@@ -186,7 +208,9 @@ class SampleFn:
         except ValueError as error:
             raise UserError(f"{error}; sample_fn(steps={steps!r})") from error
         key = jax.random.key(key) if isinstance(key, int | np.integer) else key
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(first, first + n))
+        keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(first, first + n))
+        if len(keys) != n:
+            raise UserError(f"{len(keys)} keys for {n} pictures; sample_fn; pass one for all, or one each")
         size = min(batch_size, 2 ** math.ceil(math.log2(n)))
         done = []
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
@@ -220,10 +244,7 @@ class SampleFn:
         Raises:
           UserError: no stage has a CLIP, or a picture cannot be read.
         """
-        clip = next((s.clip for s in self.stages if s.clip), None)
-        if clip is None:
-            raise UserError("no stage takes embeddings; sample_fn.embed; load a model with a CLIP")
-        image = images.as_floats(image)
+        clip, image = self._clip("embed"), images.as_floats(image)
         if image.ndim not in (3, 4) or image.shape[-1] != clip.shape[-1] or not image.size:
             raise UserError(
                 f"image is {image.shape}; sample_fn.embed; pass one picture [h, w, {clip.shape[-1]}] or several"
@@ -232,6 +253,104 @@ class SampleFn:
         rows = image[None] if image.ndim == 3 else image
         parts = [np.asarray(run(params, rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
         return np.concatenate(parts)[0] if image.ndim == 3 else np.concatenate(parts)
+
+    def embed_text(self, prompt: str | Sequence[str]) -> np.ndarray:
+        """The CLIP text embeddings of captions, as long as image embeddings are if these are all of one length.
+
+        Args:
+          prompt: a text or several.
+
+        Returns:
+          [E] or [n, E] float32.
+
+        Raises:
+          UserError: no stage has a CLIP, or there are no prompts.
+        """
+        clip = self._clip("embed_text")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts:
+            raise UserError("there are no prompts; sample_fn.embed_text; give at least one")
+        found = np.asarray(_text_embedder(clip)(self.params[clip.name], self._clip_tokenizer(texts)))
+        return found[0] if isinstance(prompt, str) else found
+
+    def invert(
+        self,
+        image: np.ndarray,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        steps: str | int | None = None,
+        batch_size: int = 64,
+        **cond: Any,
+    ) -> np.ndarray:
+        """The noise of which DDIM makes these pictures, their x_T (ADM, appendix F; DALL-E 2, section 3).
+
+        The first stage that makes pictures is run backwards, without guidance or clipping. With the same conditions and
+        steps, `sample_fn(0, noise=found, sampler='ddim', guidance=1, ...)` gives the pictures back, the better the more
+        steps there are.
+
+        Args:
+          image: [h, w, C] or [n, h, w, C], uint8 or floats in [-1, 1], of the size of that stage.
+          prompt: what the pictures show, if the stage reads text.
+          steps: as in a call.
+          batch_size: pictures at once.
+          **cond: as in a call.
+
+        Returns:
+          [h, w, C] or [n, h, w, C] float32.
+
+        Raises:
+          UserError: the picture or a condition does not fit, or the stage cannot be run backwards.
+        """
+        stage = self.painter
+        if stage is not self.stages[0] or stage.low_res:
+            raise UserError(
+                f"{self.stages[0].name} comes first and makes no pictures from noise alone; sample_fn.invert; start "
+                "at a stage that does: sample_fn.starting_at(NAME)"
+            )
+        image = _in_range(images.as_floats(image), "sample_fn.invert")
+        if image.ndim not in (3, 4) or image.shape[-3:] != stage.shape:
+            raise UserError(
+                f"image is {image.shape}; sample_fn.invert; {stage.name} makes pictures of {stage.shape}: resize it"
+            )
+        try:
+            backwards = dataclasses.replace(self, stages=(_climbing(stage, None if steps is None else str(steps)),))
+        except ValueError as error:
+            raise UserError(f"{error}; sample_fn.invert(steps={steps!r})") from error
+        one = image.ndim == 3
+        found = backwards(0, 1 if one else None, noise=image, prompt=prompt, batch_size=batch_size, **cond)
+        return found[0] if one else found
+
+    @functools.cached_property
+    def _clip_tokenizer(self) -> tokenizer.Tokenizer:
+        return text_tokenizer(self.config[self._clip("embed_text").name])
+
+    def _clip(self, method: str) -> stages.Clip:
+        clip = next((s.clip for s in self.stages if s.clip), None)
+        if clip is None:
+            raise UserError(f"no stage takes embeddings; sample_fn.{method}; load a model with a CLIP")
+        return clip
+
+    def _chosen(self, what: str, given: Any) -> tuple[tuple[str, str], ...]:
+        """((stage, choice), ...) of one choice for all stages or {stage: choice}."""
+        names = [s.name for s in self.stages]
+        given = {} if given is None else given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+        for name in given:
+            if name not in names:
+                raise UserError(f"no stage {name!r}; sample_fn({what}=...); stages are {', '.join(names)}")
+        return tuple((name, str(choice)) for name, choice in given.items())
+
+    def _noise(self, noise: Any, *, edited: bool) -> np.ndarray:
+        """What the painter starts from, checked."""
+        stage = self.painter
+        if edited or stage is None or stage.low_res:
+            raise UserError("noise is for pictures made of noise alone; sample_fn; leave out noise, or what is edited")
+        noise = np.asarray(noise, np.float32)
+        if noise.ndim not in (3, 4) or noise.shape[-3:] != stage.shape or not np.isfinite(noise).all():
+            raise UserError(
+                f"noise is {noise.shape}, or not finite; sample_fn; {stage.name} starts from {stage.shape}, such as "
+                "sample_fn.invert finds"
+            )
+        return noise
 
     def _read(self, prompt: str | Sequence[str]) -> dict[str, np.ndarray]:
         """{condition: ids of prompts}, [L] of a single text or [n, L]."""
@@ -263,8 +382,7 @@ class SampleFn:
             raise UserError(
                 f"image is {image.shape}; sample_fn; this model edits pictures of {shape}: resize or crop it"
             )
-        if not np.isfinite(image).all() or np.abs(image).max() > 1 + 1e-3:
-            raise UserError("image has values outside [-1, 1]; sample_fn; pass uint8, or floats in [-1, 1]")
+        _in_range(image, "sample_fn")
         if mask is None:
             return {"picture": image}
         known = np.asarray(mask)
@@ -307,7 +425,10 @@ class SampleFn:
                     "image_embedding": "image_embedding=sample_fn.embed(image)",
                 }.get(name, f"{name}=[...]")
                 raise UserError(f"condition {name!r} is missing; sample_fn; pass {wanted}")
-        arrays = {}
+        arrays, cond = {}, dict(cond)
+        if "image_embedding" in cond and cond["image_embedding"] is None:
+            arrays["image_embedding"] = self._no_embedding(n)
+            del cond["image_embedding"]
         for name, value in cond.items():
             integers = name in ("label", "text", "clip_text")
             kind = np.int32 if integers else np.float32
@@ -336,6 +457,13 @@ class SampleFn:
                 raise UserError(f"label {v} is out of range; sample_fn; labels are 0 to {self.num_classes - 1}")
         return arrays
 
+    def _no_embedding(self, n: int) -> np.ndarray:
+        """[n, E] that say that there is none, for a decoder from which some were withheld in training."""
+        stage = next(s for s in self.stages if "image_embedding" in s.takes)
+        if "image_embedding" not in stage.null:
+            raise UserError(f"none was ever withheld from {stage.name}; sample_fn(image_embedding=None); pass one")
+        return np.full((n, stage.clip.net.image.features), stage.null["image_embedding"], np.float32)
+
     def _check_image(self, image: np.ndarray) -> None:
         """Raises UserError if the first stage cannot enlarge pictures [n, h, w, C]."""
         stage, factor, unit = self.stages[0], 1, 1
@@ -347,8 +475,7 @@ class SampleFn:
                 f"image is {image.shape[1:]}; sample_fn; {stage.name} enlarges pictures of {stage.shape[-1]} channels "
                 f"whose sides are multiples of {unit}"
             )
-        if not np.isfinite(image).all() or np.abs(image).max() > 1 + 1e-3:
-            raise UserError("image has values outside [-1, 1]; sample_fn; pass uint8, or floats in [-1, 1]")
+        _in_range(image, "sample_fn")
 
     def _scales(self, guidance: Any, n: int) -> dict[str, np.ndarray]:
         """{guided stage: [n] float32}."""
@@ -391,7 +518,14 @@ def _numbers(what: str, given: Any, own: Mapping[str, float], n: int, *, none: s
 
 
 # Conditions that are arrays themselves, and their rank; the others are numbers.
-CONDITIONS = {"low_res": 3, "text": 1, "clip_text": 1, "image_embedding": 1, "picture": 3, "known": 3}
+CONDITIONS = {"low_res": 3, "text": 1, "clip_text": 1, "image_embedding": 1, "picture": 3, "known": 3, "noise": 3}
+
+
+def _in_range(image: np.ndarray, where: str) -> np.ndarray:
+    """The image, if its values are in [-1, 1]."""
+    if not np.isfinite(image).all() or np.abs(image).max(initial=0) > 1 + 1e-3:
+        raise UserError(f"image has values outside [-1, 1]; {where}; pass uint8, or floats in [-1, 1]")
+    return image
 
 
 def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
@@ -404,33 +538,78 @@ def _one_each(name: str, array: np.ndarray, n: int, rank: int) -> np.ndarray:
 @functools.lru_cache(maxsize=32)
 def _compiled(
     built: tuple[stages.Stage, ...],
-    steps: str | None,
-    sampler: str | None,
+    steps: tuple[tuple[str, str], ...],
+    sampler: tuple[tuple[str, str], ...],
     eta: float,
     keep: int,
     every_stage: bool,
     strength: float,
 ):
-    """The sampler over all devices, one for all parameters: (params, keys, numbers, cond) -> pictures."""
-    if steps is not None:
-        built = tuple(
-            dataclasses.replace(s, sampling=schedules.build_steps(s.schedule, s.train_steps, steps)) for s in built
-        )
-    if sampler is not None:
-        built = tuple(dataclasses.replace(s, sampler=samplers.SAMPLERS[sampler](eta)) for s in built)
-    pure = stages.sample_fn(built, keep=keep, every_stage=every_stage, strength=strength)
+    """The sampler over all devices, one for all parameters: (params, keys, numbers, cond) -> pictures.
+
+    `steps` and `sampler` are pairs of a stage and its choice.
+    """
+    changes: dict[str, dict[str, Any]] = {stage.name: {} for stage in built}
+    named = {stage.name: stage for stage in built}
+    for name, choice in steps:
+        stage = named[name]
+        changes[name]["sampling"] = schedules.build_steps(stage.schedule, stage.train_steps, choice)
+    for name, choice in sampler:
+        changes[name]["sampler"] = samplers.SAMPLERS[choice](eta)
+    built = tuple(dataclasses.replace(s, **changes[s.name]) if changes[s.name] else s for s in built)
 
     def run(params, keys, numbers, cond):
+        numbers, first = dict(numbers), next((s for s in built if s.emits == "low_res"), None)
+        noise = numbers.pop("noise", None)
+        begun = built if noise is None else tuple(_starting_from(s, noise) if s is first else s for s in built)
+        pure = stages.sample_fn(begun, keep=keep, every_stage=every_stage, strength=strength)
         out = pure(params, keys, **numbers, **cond)
         return (out[0], out[1].swapaxes(0, 1)) if keep else out
 
     return parallel.map_batch(run)
 
 
+def _starting_from(stage: stages.Stage, start: jax.Array) -> stages.Stage:
+    """The stage, sampled from `start` [B, H, W, C] in place of noise: its sampler replaces z before the first step."""
+    own = stage.sampler
+
+    def init(z, count):
+        return jnp.bool_(True), own.init(start, count)
+
+    def step(denoise, z, step, noise, memory, **cond):
+        fresh, memory = memory
+        z, p, memory = own.step(denoise, jnp.where(fresh, start, z), step, noise, memory, **cond)
+        return z, p, (jnp.bool_(False), memory)
+
+    return dataclasses.replace(stage, sampler=samplers.Sampler(init, step))
+
+
+@functools.lru_cache(maxsize=32)
+def _climbing(stage: stages.Stage, steps: str | None) -> stages.Stage:
+    """The stage whose sample is the noise of the picture that it starts from, see `samplers.invert`.
+
+    DDIM without noise is the same formula up and down, so its steps are walked from clean to noisy.
+    """
+    if stage.predicts == "previous_x":
+        raise ValueError(f"{stage.name} predicts the step itself, which goes one way")
+    chosen = stage.sampling if steps is None else schedules.build_steps(stage.schedule, stage.train_steps, steps)
+    if len(chosen.t.logsnr) < 2:
+        raise ValueError("inversion takes two steps or more")
+    climb = chosen[::-1]
+    table = climb[:-1].replace(s=climb[1:].t)
+    return dataclasses.replace(stage, sampling=table, sampler=samplers.ddim(0.0), guidance=(), guide=None)
+
+
 @functools.lru_cache(maxsize=8)
 def _embedder(clip: stages.Clip):
     """(parameters, pictures) -> embeddings, over all devices."""
     return parallel.map_batch(functools.partial(stages.embed_image, clip))
+
+
+@functools.lru_cache(maxsize=8)
+def _text_embedder(clip: stages.Clip):
+    """(parameters, ids) -> embeddings, over all devices."""
+    return parallel.map_batch(lambda params, ids: stages.embed_text(clip, params, ids)["text_embedding"])
 
 
 def enlarge(
@@ -532,6 +711,7 @@ def load(
                 f"python -m diffax.main --config={source}"
             )
     workdir = pathlib.Path(checkpoint or workdir)
+    config = with_statistics(config, workdir)
     built = stages.build_stages(config)
     if not built:
         raise UserError(f"no stage makes pictures in {workdir}: it holds a classifier; load the model that it guides")
@@ -539,6 +719,21 @@ def load(
     for name in dict.fromkeys(name for stage in built for name in stage.sections):
         params[name], steps[name] = load_params(config, name, workdir, step=step, decay=decay, raw=raw)
     return SampleFn(tuple(built), params, config, steps)
+
+
+def with_statistics(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config with the statistics of a CLIP's embeddings that its workdir keeps, where it gives none itself.
+
+    Those of published priors are a file, which `diffax.convert` puts into the workdir's config.
+    """
+    config = dict(config)
+    for name in configs.trained_sections(config):
+        section, folder = config[name], pathlib.Path(config[name]["workdir"] or workdir)
+        if configs.is_clip(section) and (folder / "config.json").exists():
+            kept = read_config(folder).get(name, {}).get("embedding", {})
+            own = {key: section["embedding"][key] or kept.get(key, []) for key in ("mean", "std")}
+            config[name] = {**section, "embedding": {**section["embedding"], **own}}
+    return config
 
 
 def _named_config(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -569,8 +764,9 @@ def load_params(
     step: int | None = None,
     decay: str | None = None,
     raw: bool = False,
+    fitted: bool = True,
 ) -> tuple[Params, int]:
-    """The trained parameters of one section, and their training step.
+    """The trained parameters of one section, with what was fitted to its data if it has that, and their training step.
 
     They lie in the section's own `workdir` if it names one, else in `workdir`.
 
@@ -586,7 +782,106 @@ def load_params(
         if lines:
             raise UserError(f"{lines[0]}; {checkpoints.directory}; use the config it was trained with")
         found, params, _ = checkpoints.restore_ema(step=step, decay=average, raw=raw or average is None)
+    if configs.has_fitted(section) and fitted:
+        params = params | {"fitted": read_fitted(folder.parent)}
     return params, found
+
+
+FITTED = "fitted.npz"  # beside a section's checkpoints: what is fitted to the data, and not trained
+
+
+def read_fitted(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays that were fitted to the data of a section with this folder, by name.
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+    path = folder / FITTED
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read what was fitted to the data ({error}); {path}; restore it or train again"
+        ) from None
+
+
+def with_codec(
+    model: stages.Stage, section: Mapping[str, Any], folder: pathlib.Path, batches: Iterator[Mapping[str, np.ndarray]]
+) -> stages.Stage:
+    """Tells an autoregressive prior how to write embeddings, before it is trained, and keeps that in its folder.
+
+    It is fitted to `codes.examples` embeddings of the training data; a run that starts from another keeps its codec.
+
+    Args:
+      model: the stage.
+      section: its section.
+      folder: its folder in the workdir.
+      batches: of what its objective reads, the same in every process.
+
+    Raises:
+      UserError: the embeddings are too few or have too few dimensions.
+    """
+    c = section["codes"]
+    if section["train"]["start_from"]:
+        codec = codes.Codec(**read_fitted(pathlib.Path(section["train"]["start_from"]) / model.name))
+    else:
+        image, text = embedded = [], []
+        while sum(map(len, image)) < c["examples"]:
+            batch = next(batches)
+            for rows, name in zip(embedded, ("image_embedding", "text_embedding"), strict=True):
+                rows.append(batch[name])
+        image, text = (np.concatenate(rows)[: c["examples"]] for rows in embedded)
+        try:
+            codec = codes.fit_codec(image, (image * text).sum(1), components=c["components"], buckets=c["buckets"])
+        except ValueError as error:
+            raise UserError(f"{error}; {model.name}.codes; fit fewer components or buckets to more examples") from None
+        lost = np.mean((np.asarray(codes.read(codes.write(image, codec), codec)) - image) ** 2) / image.var(0).mean()
+        print(f"{model.name}: codes of {len(image):,} embeddings lose {lost:.2%} of their variance", file=sys.stderr)
+    _write_fitted(folder, codec._asdict())
+    return dataclasses.replace(model, codec=codec)
+
+
+def _write_fitted(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    if parallel.process_index() == 0:
+        images.write_atomically(folder / FITTED, lambda file: np.savez(file, **arrays))
+
+
+# How many are enough for a function of the noise level as smooth as that; whichever comes first of the last two.
+RESIDUAL_LEVELS, RESIDUAL_EXAMPLES, RESIDUAL_BATCHES = 25, 2000, 16
+
+
+def fit_residual(
+    model: stages.Stage,
+    config: Mapping[str, Any],
+    workdir: pathlib.Path,
+    batches: Callable[[], Iterator[Mapping[str, np.ndarray]]],
+) -> None:
+    """Measures what a trained prior leaves open of embeddings, by noise level, and keeps that in its folder.
+
+    Nothing is done where that is there already for the newest checkpoint.
+
+    Args:
+      model: the stage, whose variance is analytic.
+      config: the whole config.
+      workdir: where it was trained.
+      batches: () -> batches of what its objective reads, the same in every process.
+    """
+    folder = workdir / model.name
+    params, step = load_params(config, model.name, workdir, fitted=False)
+    if (folder / FITTED).exists() and int(read_fitted(folder)["step"]) == step:
+        return
+    levels = min(RESIDUAL_LEVELS, model.train_steps or RESIDUAL_LEVELS)
+    u = np.arange(levels, 0, -1) / levels  # by rising log-SNR
+    run, found = parallel.map_batch(stages.residual_fn(model, u)), []
+    for number, batch in enumerate(itertools.islice(batches(), RESIDUAL_BATCHES)):
+        given = {name: batch[name] for name in ("image_embedding", *model.takes)}
+        keys = jax.random.split(jax.random.key(number), len(given["image_embedding"]))
+        found.append(np.asarray(run(params, given, keys), np.float64))
+        if sum(map(len, found)) >= RESIDUAL_EXAMPLES:
+            break
+    found = {"logsnr": model.schedule(u).logsnr, "residual": np.maximum(np.concatenate(found).mean(0), 0)}
+    _write_fitted(folder, {name: a.astype(np.float32) for name, a in found.items()} | {"step": np.int64(step)})
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -658,13 +953,57 @@ def with_frozen_clip(
     read, run = text_tokenizer(config[name]), parallel.map_batch(stages.embed_batch(model))
 
     def prepare(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        given = {"image": batch["image"]}
+        given = {name: batch[name] for name in ("image", "image_embedding") if name in batch}
         if "clip_text" in model.reads:
             given["clip_text"] = read(list(batch["caption"]))
-        rest = {k: v for k, v in batch.items() if k not in ("image", "caption")}
+        rest = {k: v for k, v in batch.items() if k not in ("image", "image_embedding", "caption")}
         return rest | jax.tree.map(np.asarray, run(params, given))
 
     return stages.withholding_captions(model, params), prepare
+
+
+def zero_shot_accuracy(
+    model: stages.Clip,
+    params: Params,
+    section: Mapping[str, Any],
+    batch: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    *,
+    template: str,
+    batch_size: int,
+) -> float:
+    """The share of pictures to which the caption of their class is the nearest of all classes' (Radford et al. 2021).
+
+    Args:
+      model: a CLIP of clean pictures.
+      params: its parameters.
+      section: its section.
+      batch: 'image' [N, H, W, C] and 'label' [N].
+      names: of the classes.
+      template: the caption of a class; {} stands for its name.
+      batch_size: pictures at once.
+    """
+    texts = text_tokenizer(section)([template.format(name.replace("_", " ")) for name in names])
+    classes = np.asarray(jax.jit(functools.partial(stages.embed_text, model))(params, texts)["text_embedding"])
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    run, image = _embedder(model), batch["image"]
+    parts = [np.asarray(run(params, image[i : i + batch_size])) for i in range(0, len(image), batch_size)]
+    return float(np.mean(np.argmax(np.concatenate(parts) @ classes.T, axis=1) == batch["label"]))
+
+
+def image_embedder(
+    config: Mapping[str, Any], name: str, workdir: str | os.PathLike[str]
+) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """(pictures -> embeddings, what tells the network from others) of a section's CLIP, which was trained before.
+
+    Raises:
+      UserError: there is no trained CLIP.
+    """
+    clip = stages.build_clip(config, config[name]["clip"])
+    params, step = load_params(config, clip.name, workdir)
+    run = _embedder(clip)
+    about = f"step {step}, logit scale {float(params['logit_scale']):.9g}, embeddings [{clip.net.image.features}]"
+    return lambda image: np.asarray(run(params, image)), f"{about} of length {clip.norm:g}"
 
 
 def starting_params(section: Mapping[str, Any], name: str) -> Params:

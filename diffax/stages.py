@@ -3,7 +3,8 @@
 A system is a list of stages. Each is trained alone by `objective`, and they are sampled in one call by `sample_fn`:
 the picture that one stage makes is the `low_res` condition of the next. A noised classifier is trained like a stage,
 and guides one. A prior is a stage whose sample is no picture but an image embedding of a CLIP, which is trained before
-it and then frozen, the `image_embedding` condition of the next (DALL-E 2).
+it and then frozen, the `image_embedding` condition of the next (DALL-E 2). One kind of it is no diffusion model: it
+writes the embedding as a row of codes.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 from diffax import codes, conditioning, guidance, losses, models, samplers, schedules, timesteps, tokenizer
 from diffax import config as configs
 from diffax.models import clip
-from diffax.process import diffuse, predict
+from diffax.process import diffuse, expand, posterior, predict
 from diffax.schedules import NoiseLevel, Schedule, Transition
 
 Array = jax.Array
@@ -117,7 +118,7 @@ class LowRes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """One diffusion model, every choice made.
+    """One diffusion model, or an autoregressive prior in the place of one, every choice made.
 
     Attributes:
       name: the config's section.
@@ -133,6 +134,7 @@ class Stage:
       train_steps: T of a discrete schedule; 0 for a continuous one.
       predicts: 'eps', 'x', 'v' or 'previous_x'.
       variance: see `process.predict`.
+      analytic: whether sampling adds to that what the data leave open, see `analytic_variance`.
       timesteps: how training draws u.
       loss: what training minimises.
       drop: share of the training examples whose conditions are withheld.
@@ -143,9 +145,11 @@ class Stage:
       limit: of the guidance 'clip_denoised'.
       guide: what the guidance 'classifier' or 'clip' asks.
       candidates: how many samples a prior makes, to keep the one nearest to the caption.
+      codec: of an autoregressive prior, for training: how it writes embeddings, blank until that is fitted; else None.
+      percentile: of the products of embeddings and captions in training: sampling asks it for one from there up.
       last: section of the network that takes the last step; '': its own.
       sampler: the sampler.
-      temperature: of the noise that sampling starts from.
+      temperature: of the noise that sampling starts from; of an autoregressive prior, of its logits.
       sampling: table of the transitions that sampling walks.
     """
 
@@ -162,6 +166,7 @@ class Stage:
     train_steps: int
     predicts: str
     variance: str | float
+    analytic: bool
     timesteps: timesteps.TimestepSampler
     loss: losses.Loss
     drop: float
@@ -172,6 +177,8 @@ class Stage:
     limit: float
     guide: NoisedClassifier | Clip | None
     candidates: int
+    codec: codes.Codec | None
+    percentile: float
     last: str
     sampler: samplers.Sampler
     temperature: float
@@ -196,6 +203,11 @@ class Stage:
         """Whose parameters sampling needs: its own, and those of its guide, its CLIP and its last step."""
         others = [model.name for model in (self.guide, self.clip) if model]
         return tuple(dict.fromkeys((self.name, *others, *([self.last] if self.last else []))))
+
+    @property
+    def num_steps(self) -> int:
+        """How often sampling calls the network for one sample."""
+        return len(self.sampling.t.time) if self.codec is None else self.codec.directions.shape[1]
 
     @property
     def is_guided(self) -> bool:
@@ -338,14 +350,13 @@ def build_stage(config: Mapping, name: str) -> Stage:
         its = config[c["clip"]]
         sizes = {"size": its["net"]["features"], "width": its["net"]["text"]["width"], "length": its["text"]["length"]}
         own["clip"] = {**c["net"]["clip"], **sizes}
-    net = models.build(
-        own,
-        shape=shape,
-        takes=(*c["takes"], *(["low_res_time"] if low_res and low_res.noise else [])),
-        num_classes=c["num_classes"],
-        out_channels=shape[-1] * (1 + learned),
-        null_label=c["drop"] > 0,
-    )
+    codec, sizes = None, {"shape": shape, "num_classes": c["num_classes"], "out_channels": shape[-1] * (1 + learned)}
+    more = ["low_res_time"] if low_res and low_res.noise else []
+    if configs.is_code_prior(c):
+        codec = codes.blank_codec(*shape, c["codes"]["components"], c["codes"]["buckets"])
+        count, buckets = codec.centres.shape
+        sizes, more = {"shape": (count,), "num_classes": buckets, "out_channels": buckets}, ["similarity"]
+    net = models.build(own, takes=(*c["takes"], *more), null_label=c["drop"] > 0, **sizes)
     names = tuple(c["guidance"])
     for guide in names:
         _choose(GUIDANCE, guide, "guidance")
@@ -365,7 +376,8 @@ def build_stage(config: Mapping, name: str) -> Stage:
         schedule=schedule,
         train_steps=train_steps,
         predicts=c["predicts"],
-        variance=c["variance"],
+        variance="fixed_small" if c["variance"] == "analytic" else c["variance"],
+        analytic=c["variance"] == "analytic",
         timesteps=_choose(timesteps.TIMESTEPS, c["timesteps"]["name"], "timesteps.name")(train_steps),
         loss=_choose(losses.LOSSES, c["loss"]["name"], "loss.name")(c["loss"]["weight"]),
         drop=c["drop"],
@@ -376,6 +388,8 @@ def build_stage(config: Mapping, name: str) -> Stage:
         limit=c["limit"],
         guide=guide,
         candidates=c["candidates"],
+        codec=codec,
+        percentile=c["codes"]["percentile"],
         last=c["last"],
         sampler=sampler(c["sampler"]["eta"]),
         temperature=c["sampler"]["temperature"],
@@ -396,17 +410,66 @@ def build_stages(config: Mapping) -> list[Stage]:
 
 def init_params(model: Stage | NoisedClassifier | Clip, key: Array) -> Params:
     """Initial parameters of the network, float32."""
-    return model.net.init(key, *models.example_inputs(model.net, model.shape))["params"]
+    writes = isinstance(model, Stage) and model.codec is not None
+    shape = model.codec.directions.shape[1:] if writes else model.shape
+    return model.net.init(key, *models.example_inputs(model.net, shape))["params"]
 
 
 def denoiser(stage: Stage, params: Params) -> guidance.Denoiser:
-    """The stage's denoiser without guidance; it opens only the conditions that its network takes."""
+    """The stage's denoiser without guidance; it opens only the conditions that its network takes.
+
+    Of a stage with an analytic variance `params['fitted']` is what `fit_residual` found, by log-SNR.
+    """
 
     def denoise(z: Array, step: Transition, **cond: Array):
         out = stage.net.apply({"params": params}, z, step.t.time, {k: cond[k] for k, _ in stage.net.conditioners})
-        return predict(out, z, step, predicts=stage.predicts, variance=stage.variance)
+        p = predict(out, z, step, predicts=stage.predicts, variance=stage.variance)
+        if not stage.analytic:
+            return p
+        table = params["fitted"]
+        variance = analytic_variance(z, step, jnp.interp(step.t.logsnr, table["logsnr"], table["residual"]))
+        return p._replace(variance=variance, logvar=jnp.log(jnp.maximum(variance, jnp.exp(p.logvar))))
 
     return denoise
+
+
+def analytic_variance(z: Array, step: Transition, residual: Array) -> Array:
+    """The best constant variance of a reverse step: the posterior's + c_x^2 Var[x | z_t] (Bao et al. 2022, theorem 1).
+
+    Args:
+      z: [B, ...], whose shape alone matters.
+      step: [B]; c_x is the weight of x in the posterior's mean.
+      residual: [B] Var[x | z_t], the mean over dimensions and data.
+
+    Returns:
+      [B, 1, ...]; 0 at the last step.
+    """
+    one = jnp.ones((len(z),) + (1,) * (z.ndim - 1))
+    on_x = posterior(one, 0 * one, step).mean
+    variance = jnp.exp(expand(step.min_logvar, one)) + on_x**2 * expand(residual, one)
+    return jnp.where(expand(step.s.is_clean, one), 0.0, variance)
+
+
+def residual_fn(stage: Stage, u: np.ndarray) -> Callable[..., Array]:
+    """(params, {'image_embedding', conditions}, keys [B]) -> [B, G], whose mean over B is Var[x | z_t] at levels u.
+
+    E[x^2] - E[f^2] where f is the best estimate, E[x | z_t]: means over dimensions (Analytic-DPM, in terms of x).
+    """
+
+    def residual(params: Params, batch: Mapping[str, Array], keys: Array) -> Array:
+        x, cond = codes.scaled(batch["image_embedding"], stage.clip.scale), {k: batch[k] for k in stage.takes}
+
+        def at(numbered: tuple[Array, Array]) -> Array:
+            number, u = numbered
+            level = stage.schedule(jnp.full(keys.shape, u))
+            z = diffuse(x, level, _normal(_fold_in(keys, number), x.shape[1:]))
+            out = stage.net.apply({"params": params}, z, level.time, cond)
+            p = predict(out, z, schedules.to_clean(level), predicts=stage.predicts, variance=stage.variance)
+            return losses.mean_flat(x**2) - losses.mean_flat(p.x**2)
+
+        return jax.lax.map(at, (jnp.arange(len(u)), jnp.asarray(u, jnp.float32))).T
+
+    return residual
 
 
 def guided_denoiser(stage: Stage, params: Mapping[str, Params], scale: Array | None = None) -> guidance.Denoiser:
@@ -452,14 +515,16 @@ def embed_batch(stage: Stage) -> Callable[..., dict[str, Array]]:
     """(frozen CLIP's parameters, {'image', 'clip_text'}) -> what `objective` reads in their place.
 
     That is 'image', of the stage's size, where it makes pictures, and the embeddings that it takes or makes. Pictures
-    may be a whole number of times larger than the stage's (`config.picture_shape`); 'clip_text' are ids of the CLIP's
-    tokenizer, [B, L], wanted only by a stage that reads captions by it.
+    may be a whole number of times larger than the stage's (`config.picture_shape`); an 'image_embedding' that is there
+    already is taken as it is. 'clip_text' are ids of the CLIP's tokenizer, [B, L], wanted only by a stage that reads
+    captions by it.
     """
 
     def embed(params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
         image, made = batch["image"], {}
         if "image_embedding" in (*stage.takes, stage.emits):
-            made["image_embedding"] = embed_image(stage.clip, params, image)
+            known = batch.get("image_embedding")
+            made["image_embedding"] = embed_image(stage.clip, params, image) if known is None else known
         if names := [name for name in BY_TEXT_ENCODER if name in stage.takes]:
             text = embed_text(stage.clip, params, batch["clip_text"])
             made |= {name: text[name] for name in names}
@@ -502,6 +567,8 @@ class Objective(NamedTuple):
 
 def objective(model: Stage | NoisedClassifier | Clip) -> Objective:
     """The training objective of a stage, a noised classifier or a CLIP."""
+    if isinstance(model, Stage) and model.codec is not None:
+        return code_objective(model)
     makers = {NoisedClassifier: classifier_objective, Clip: clip_objective, Stage: diffusion_objective}
     return makers[type(model)](model)
 
@@ -616,6 +683,40 @@ def diffusion_objective(stage: Stage) -> Objective:
         return value * weight, _by_quarter({"loss": value, **terms}, u), (u, value)
 
     return _objective(stage, loss)
+
+
+def code_objective(stage: Stage) -> Objective:
+    """Cross entropy of the codes of an embedding, each given those before it (DALL-E 2, section 2.2).
+
+    Batches hold 'image_embedding' [n, D] and the conditions that the stage takes, 'text_embedding' among them: the
+    bucket of the product of the two is one more condition, which is withheld with the caption. The stage's codec is
+    what else belongs to the training state. Metrics are the loss, the mean over codes in nats, and the share of codes
+    that are the most probable; also of each quarter of the row, whose first components tell the most.
+    """
+
+    def loss(params, extra, batch, keys, position, total, gather=None):
+        keys = _split(keys, ("drop", "dropout"))
+        x = batch["image_embedding"].astype(jnp.float32)
+        wanted = codes.write(x, extra)
+        cond = {k: batch[k] for k in stage.takes}
+        cond["similarity"] = codes.similarity_bucket(x, batch["text_embedding"], extra)
+        if stage.null:
+            cond = conditioning.drop(cond, keys["drop"], rate=_drop_rates(stage), null=stage.null)
+        logits = stage.net.apply({"params": params}, wanted, None, cond, dropout_keys=keys["dropout"])
+        each = losses.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted.ravel()).reshape(wanted.shape)
+        hits = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)
+        metrics = {}
+        for name, term in {"loss": each, "top1": hits}.items():
+            parts = {"": term} | {f"_q{q}": part for q, part in enumerate(jnp.array_split(term, 4, axis=1))}
+            metrics |= {name + q: (jnp.sum(a), jnp.asarray(a.size, jnp.float32)) for q, a in parts.items() if a.size}
+        return jnp.mean(each, axis=1), metrics, ()
+
+    return Objective(
+        init=functools.partial(init_params, stage),
+        init_extra=lambda: jax.tree.map(jnp.asarray, stage.codec),
+        loss=loss,
+        update_extra=lambda codec, feedback: codec,
+    )
 
 
 def classifier_terms(
@@ -780,20 +881,23 @@ def sample_fn(
                 z = diffuse(here[0], jax.tree.map(lambda a: jnp.broadcast_to(a[0], keys.shape), steps.t), z)
             last = stage is stages[-1]
             guided, given = _ask_clip(stage, params, given)
-            wanted = given.get("text_embedding")
-            guided, given = _encode_text(guided, params, given)
-            out = samplers.sample(
-                guided_denoiser(guided, params, scale),
-                z,
-                noise,
-                steps,
-                sampler,
-                keep=keep if last else 0,
-                **jax.tree.map(repeat, given),
-            )
-            out, kept = out if keep and last else (out, None)
-            if stage.emits == "image_embedding":
-                out = codes.unscaled(out, stage.clip.scale)
+            wanted, kept = given.get("text_embedding"), None
+            if stage.codec is not None:
+                out = write_embeddings(guided, params[stage.name], stage_keys, jax.tree.map(repeat, given), scale)
+            else:
+                guided, given = _encode_text(guided, params, given)
+                out = samplers.sample(
+                    guided_denoiser(guided, params, scale),
+                    z,
+                    noise,
+                    steps,
+                    sampler,
+                    keep=keep if last else 0,
+                    **jax.tree.map(repeat, given),
+                )
+                out, kept = out if keep and last else (out, None)
+                if stage.emits == "image_embedding":
+                    out = codes.unscaled(out, stage.clip.scale)
             if stage.candidates > 1:
                 out = _nearest(out, wanted)
             if known is not None and reached is None and here is not None:
@@ -806,6 +910,46 @@ def sample_fn(
 
 def _same(a: Array) -> Array:
     return a
+
+
+def write_embeddings(stage: Stage, params: Params, keys: Array, cond: Mapping[str, Array], scale: Array) -> Array:
+    """Has an autoregressive prior write image embeddings, [B, D] (DALL-E 2, section 2.2).
+
+    It is asked for pictures that fit their captions well: the bucket of the product of the two is drawn among those of
+    the stage's percentile and above (the paper: the upper half).
+
+    Args:
+      stage: the stage.
+      params: its parameters; 'fitted' among them is the codec.
+      keys: [B] typed PRNG keys.
+      cond: what its network takes, [B, ...] each.
+      scale: of classifier-free guidance, if the stage has that; scalar or [B].
+    """
+    codec = codes.Codec(**params["fitted"])
+    buckets = codec.similarity_edges.shape[0] + 1
+    lowest = min(round(buckets * stage.percentile / 100), buckets - 1)
+    draw = jax.vmap(lambda key: jax.random.randint(key, (), lowest, buckets))
+    cond = {k: cond[k] for k in stage.takes} | {"similarity": draw(_fold_in(keys, -1))}  # a number that no code has
+    example = jnp.zeros((len(keys), codec.directions.shape[1]))
+
+    def encode(cond: Mapping[str, Array]) -> models.Context:
+        found = stage.net.apply({"params": params}, cond, example, method="encode_conditions")
+        return models.merge([found[name] for name, _ in stage.net.conditioners])
+
+    withheld = None
+    if "classifier_free" in stage.guidance:
+        null = {k: jnp.broadcast_to(jnp.asarray(v, cond[k].dtype), cond[k].shape) for k, v in stage.null.items()}
+        withheld = encode(cond | null)
+    row = models.sample_codes(
+        stage.net.unet,
+        params["code_prior"],
+        encode(cond),
+        keys,
+        withheld=withheld,
+        scale=scale,
+        temperature=stage.temperature,
+    )
+    return _of_norm(stage.clip, codes.read(row, codec))
 
 
 def _nearest(embeddings: Array, wanted: Array) -> Array:

@@ -35,6 +35,7 @@ MAY_DIFFER = (
     "train.start_from",
     "text.vocab",
     "data.data_dir",
+    "data.embeddings",
     "data.path",
     "data.max_bad",
     "data.workers",
@@ -45,6 +46,8 @@ MAY_DIFFER = (
     "guidance_scale",
     "limit",
     "candidates",
+    "codes.examples",
+    "codes.percentile",
     "last",
     "classifier",
     "workdir",
@@ -97,11 +100,46 @@ def learning_rate(c: Mapping) -> optax.Schedule:
 
 
 def optimizer(c: Mapping) -> optax.GradientTransformation:
-    """Adam or AdamW as the `train` section says, after clipping by the global norm (0: no clipping)."""
+    """Adam or AdamW as the `train` section says, after clipping by the global norm (0: no clipping).
+
+    `text_rate` slows the text transformer, all but the projection of what it read. At a rate at which a small U-Net
+    learns in minutes, a transformer beside it first unlearns to tell words apart, as those that nobody reads yet are
+    noise to the U-Net; and then none is left to be read.
+    """
     decay = c["weight_decay"] if c["optimizer"] == "adamw" else 0.0
     kernels = (lambda params: jax.tree.map(lambda a: a.ndim > 1, params)) if c["decay"] == "kernels" else None
     adam = optax.adamw(learning_rate(c), b1=c["b1"], b2=c["b2"], eps=c["eps"], weight_decay=decay, mask=kernels)
-    return optax.chain(optax.clip_by_global_norm(c["clip"]), adam) if c["clip"] else adam
+    parts = [optax.clip_by_global_norm(c["clip"])] if c["clip"] else []
+    parts += [adam] + ([optax.masked(optax.scale(c["text_rate"]), _reads_words)] if c["text_rate"] != 1 else [])
+    return optax.chain(*parts) if len(parts) > 1 else adam
+
+
+def _reads_words(params: Params) -> Any:
+    def inside(path: tuple, _: Array) -> bool:
+        names = [str(key.key) for key in path]
+        return names[0] == "text" and names[1] != "proj"
+
+    return jax.tree_util.tree_map_with_path(inside, params)
+
+
+def sharpness_aware(gradient: Callable, rho: float) -> Callable:
+    """The gradient where the loss nearby is the worst: at w + rho g / |g|, g the gradient at w (SAM, DALL-E 2's CLIP).
+
+    Args:
+      gradient: (params, *rest) -> (value, gradient).
+      rho: how far, in the norm over all parameters.
+
+    Returns:
+      A function like `gradient`, at twice the price; the value is that at w.
+    """
+
+    def there(params: Params, *rest):
+        value, slope = gradient(params, *rest)
+        # without a slope there is no direction
+        step = rho / jnp.maximum(optax.tree.norm(slope), 1e-12)
+        return value, gradient(jax.tree.map(lambda w, g: w + step * g, params, slope), *rest)[1]
+
+    return there
 
 
 def init_state(key: Array, *, objective: Objective, tx: optax.GradientTransformation, ema) -> TrainState:
@@ -126,6 +164,7 @@ def train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulate: int = 1,
+    sam: float = 0.0,
     ema_warmup: bool = False,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
@@ -142,6 +181,8 @@ def train_step(
       tx: the optimizer.
       schedule: its learning rate, for the report.
       accumulate: number of microbatches; divides n.
+      sam: rho of `sharpness_aware`, 0: without. Under pmap each device climbs by its own part of a microbatch (DALL-E
+        2, appendix C: 64 pairs), otherwise by all of it.
       ema_warmup: start the averages with a short memory, min(decay, (1 + step) / (10 + step)).
       axis_name: the axis to average over under pmap.
 
@@ -162,6 +203,7 @@ def train_step(
         return jnp.mean(loss), (metrics, feedback)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = sharpness_aware(grad_fn, sam) if sam else grad_fn
 
     def microbatch(total, part):
         (loss, (metrics, feedback)), grads = grad_fn(state.params, *part)
@@ -223,13 +265,14 @@ class Run:
       section: the stage's section of the config, as a plain nested dict.
       seed: of initialisation, noise and data order.
       mode: 'pmap', 'jit' or 'fsdp'.
+      devices: to run on, or to compile for; None: all that there are.
     """
 
-    def __init__(self, objective: Objective, section: Mapping, *, seed: int, mode: str):
+    def __init__(self, objective: Objective, section: Mapping, *, seed: int, mode: str, devices=None):
         self.c = section["train"]
         self.section = section
         self.seed = seed
-        self.where = parallel.layout(mode)
+        self.where = parallel.layout(mode, devices)
         self.tx = optimizer(self.c)
         init = functools.partial(init_state, objective=objective, tx=self.tx, ema=self.c["ema"])
         self._init = lambda: init(jax.random.key(seed))
@@ -239,6 +282,7 @@ class Run:
             tx=self.tx,
             schedule=learning_rate(self.c),
             accumulate=self.c["accumulate"],
+            sam=self.c["sam"],
             ema_warmup=self.c["ema_warmup"],
         )
         self.abstract = parallel.abstract(self.where, self._init)

@@ -1,4 +1,5 @@
-"""Comparing sets of pictures: reading them, statistics and their cache, the numbers, the command; samples in files."""
+"""Comparing sets of pictures: reading them, statistics and their cache, the numbers, the command; samples in files;
+CLIP scores; the numbers of papers by --mode=evaluate."""
 
 import json
 import os
@@ -6,13 +7,16 @@ import runpy
 import sys
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffax import compare, evaluate, images, metrics
+from diffax import checkpoint, compare, evaluate, images, main, metrics, pipeline, stages
+from diffax import config as configs
 from diffax.convert import inception as weights
 from diffax.errors import RunError, UserError
+from tests import micro
 
 SIDE = 14
 WIDTH = 6
@@ -349,7 +353,9 @@ def test_the_command_prints_the_numbers_of_papers(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
-        (["A"], "required: B"),
+        (["A"], "required: B, or --clip and --prompts"),
+        (["A", "--clip=C"], "--clip and --prompts go together"),
+        (["A", "--clip=C", "--prompts=P"], "there is no trained model; C has no config.json"),
         (["A", "B", "--features=clip"], "unknown --features=clip"),
         (["A", "B", "--num=2"], "at least 1 and 4"),
         (["A", "B", "--num=x"], "invalid int"),
@@ -424,3 +430,184 @@ def test_a_sample_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(RunError, match="sample 6 is not finite"):
         evaluate.sample_to_folder(sample, tmp_path, 12, about=ABOUT, shard=4)
     assert [path.name for path in tmp_path.glob("*.npz")] == ["samples_00000000.npz"]
+
+
+# ---- pictures and their captions ------------------------------------------------------------------------------------
+
+
+def untrained(config, workdir):
+    """A workdir with the initial parameters of a config's sections; returns them."""
+    plain = configs.to_dict(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(plain))
+    params = {}
+    for name in configs.trained_sections(plain):
+        model = stages.build(plain, name)
+        params[name] = jax.jit(lambda key, model=model: stages.init_params(model, key))(jax.random.key(0))
+        ema = {str(decay): params[name] for decay in plain[name]["train"]["ema"]}
+        with checkpoint.Checkpoints(workdir / name / "checkpoints") as checkpoints:
+            checkpoints.save(6, {"params": params[name]}, ema=ema, meta={"stage": plain[name], "seed": 0})
+            checkpoints.wait()
+    return params
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """(a workdir with a small CLIP, its section, the model, its parameters)."""
+    workdir = tmp_path_factory.mktemp("clip")
+    config = configs.config_defaults("small", stages=("clip",))
+    section = config.clip
+    section.shape, section.takes = (SIDE, SIDE, 3), ("text",)
+    section.text.update(tokenizer="demo", length=8)
+    section.net.update(name="clip", features=6)
+    section.net.image.update(width=8, layers=1, heads=2, patch=7, noised=False)
+    section.net.text.update(width=8, layers=1, heads=2)
+    configs.validate(config)
+    params = untrained(config, workdir)["clip"]
+    plain = configs.to_dict(config)
+    return workdir, plain["clip"], stages.build_clip(plain, "clip"), params
+
+
+def test_the_clip_score_of_pictures_and_their_captions(clip, tmp_path, capsys):
+    """Picture i against caption i, in turn, whatever the batches; wide pictures are cut to their middle."""
+    workdir, section, model, params = clip
+    made, prompts = pictures(7), ["a red circle", "a blue square", "two things"]
+    wide = np.concatenate([pictures(7, seed=1)[:, :, :2], made, pictures(7, seed=2)[:, :, :2]], 2)
+    a = write_folder(tmp_path / "a", wide)
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
+    floats = 2 * made.astype(np.float64) / 255 - 1
+    network, ids = model.net, pipeline.text_tokenizer(section)(prompts)
+    image, text, _ = jax.jit(network.apply)({"params": params}, floats.astype(np.float32), ids[np.arange(7) % 3])
+    image, text = (np.asarray(x, np.float64) for x in (image, text))
+    want = 100 * np.mean([i @ t / np.sqrt((i @ i) * (t @ t)) for i, t in zip(image, text, strict=True)])
+    output = tmp_path / "found.json"
+    argv = [str(a), f"--clip={workdir}", f"--prompts={tmp_path / 'prompts.txt'}", f"--output={output}"]
+    assert compare.run([*argv, "--batch_size=4"]) == 0
+    out = capsys.readouterr()
+    assert "3 prompts in turn for 7 pictures" in out.err and out.out.startswith("|  | value |")
+    found = json.loads(output.read_text())
+    assert found["results"] == {"clip_score": pytest.approx(want, abs=1e-3)} and found["pictures"] == 7
+    # with B beside it
+    b = write_folder(tmp_path / "b", pictures(5, seed=3))
+    argv[1:1] = [str(b), "--features=patches"]
+    assert compare.run([*argv, "--batch_size=4"]) == 2 and "A has pictures of 14x18 and B of 14x14" in (
+        capsys.readouterr().err
+    )
+    argv[0] = str(write_folder(tmp_path / "c", made))
+    assert compare.run([*argv, "--batch_size=4"]) == 0
+    patches = [metrics.patches(images.from_uint8(x)) for x in (made, pictures(5, seed=3))]
+    assert json.loads(output.read_text())["results"] == {
+        "frechet_patches": pytest.approx(metrics.frechet_distance(*patches)),
+        "clip_score": pytest.approx(want, abs=1e-3),
+    }
+
+
+def test_captions_and_clips_that_are_not_there(clip, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for path, match in (
+        (tmp_path / "empty.txt", "there are no prompts"),
+        (tmp_path / "gone", "cannot read the prompt"),
+    ):
+        with pytest.raises(UserError, match=match):
+            compare.read_prompts(path)
+    config = configs.to_dict(configs.load("quickstart"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="no CLIP of clean pictures; .*; convert one: python -m diffax.convert ViT-B-16"
+    ):
+        compare.clip_scorer(tmp_path, batch_size=4)
+
+
+# ---- the numbers of papers by --mode=evaluate -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def known_weights(monkeypatch):
+    """Weights that need no file; returns how many pictures the network has seen, set by set."""
+    seen = []
+
+    def measured(found, extract, batch_size):
+        seen.append(found.count)
+        return statistics_of_all(found, extract, batch_size=batch_size)
+
+    statistics_of_all = compare.inception_statistics
+    monkeypatch.setattr(weights, "load", lambda path: ({"of": path}, "f" * 64))
+    monkeypatch.setattr(compare, "inception_extractor", lambda params: extract)
+    monkeypatch.setattr(compare, "inception_statistics", measured)
+    return seen
+
+
+def rows_of(tmp_path, reference, *, inception="w.pb", chosen=({},), side=SIDE):
+    """What `evaluate.compared` yields of 9 samples of a choice; and the choices that were sampled."""
+    made = []
+
+    def make(folder, choice):
+        made.append(dict(choice))
+        values = pictures(9, seed=10 + len(made), side=side)
+        values = (values.astype(np.float32) + 0.5) / 127.5 - 1  # well inside what becomes that byte
+        evaluate.sample_to_folder(lambda first, count: values[first : first + count], folder, 9, about=choice)
+
+    section = configs.to_dict(configs.load("quickstart"))["base"] | {"shape": [side, side, 3]}
+    options = dict(reference=str(reference), section=section, inception=inception, batch_size=4)
+    found = evaluate.compared(make, chosen, tmp_path / "run", **options)
+    return found, made
+
+
+def test_samples_of_every_choice_beside_one_reference(tmp_path, known_weights):
+    reference = write_folder(tmp_path / "real", pictures(12))
+    chosen = evaluate.choices({"guidance": [1.0, 3.0], "samplers": [], "steps": ["5"]})
+    assert chosen == [{"guidance": 1.0, "steps": "5"}, {"guidance": 3.0, "steps": "5"}]
+    assert evaluate.choices({"guidance": [], "samplers": [], "steps": []}) == [{}]
+    found, made = rows_of(tmp_path, reference, chosen=chosen)
+    (first, about), (second, _) = found
+    assert made == chosen and known_weights == [12, 9, 9]
+    assert about["weights"] == "f" * 64 and about["reference_pictures"] == 12
+    for row, choice, seed in ((first, chosen[0], 11), (second, chosen[1], 12)):
+        want, _ = compare.compare(statistics(pictures(9, seed=seed)), statistics(pictures(12)))
+        assert {key: row[key] for key in choice} == choice and row["samples"] == 9
+        for key in ("fid", "sfid", "precision", "recall", "kid"):
+            assert row[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
+    assert (tmp_path / "run" / "evaluation" / "samples_guidance_3.0_steps_5" / "samples_00000000.npz").exists()
+
+
+def test_without_the_fids_network_nothing_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    reference = write_folder(tmp_path / "real", pictures(12))
+    found, _ = rows_of(tmp_path, reference, inception=None)
+    ((row, about),) = found
+    assert set(row) == {"samples", "frechet_patches"} and about["features"] == "patches"
+    assert any("frechet_patches is no FID" in note for note in about["notes"])
+    assert (tmp_path / "run" / "samples" / "sampling.json").exists()
+
+
+def test_a_reference_of_another_size_is_refused_before_sampling(tmp_path, known_weights):
+    reference = write_folder(tmp_path / "real", pictures(12, side=9))
+    found, made = rows_of(tmp_path, reference)
+    with pytest.raises(UserError, match="the reference has pictures of 9x9, and the model makes 14x14"):
+        next(found)
+    assert not made and not (tmp_path / "run").exists()
+
+
+def test_evaluate_beside_the_training_data(tmp_path, known_weights, capsys):
+    """The command, twice: what is there is neither sampled nor measured again."""
+    workdir = tmp_path / "run"
+    flags = micro.flags(workdir, "config.base.shape=12,12,1", "config.sample.num=8", "config.eval.steps=none")
+    untrained(configs.load("quickstart", [flag for flag in flags if flag.startswith("--config.")]), workdir)
+    flags = [*flags, "--mode=evaluate", "--reference=data", "--inception=w.pb"]
+    assert main.run(flags) == 0, capsys.readouterr().err
+    out = capsys.readouterr()
+    assert out.out.startswith("| samples | fid | sfid | inception_score |") and "A has 8 pictures" not in out.err
+    report = json.loads((workdir / "comparison.json").read_text())
+    (row,) = report["rows"]
+    assert row["samples"] == 8 and row["fid"] > 0 and report["reference"] == "data" and report["training_step"]
+    count = report["reference_pictures"]
+    assert count > 1000 and known_weights == [count, 8]
+    before = (workdir / "samples" / "samples_00000000.npz").read_bytes()
+    assert main.run(flags) == 0
+    assert known_weights == [count, 8] and json.loads((workdir / "comparison.json").read_text()) == report
+    assert (workdir / "samples" / "samples_00000000.npz").read_bytes() == before
+    # more samples: the first ones stay
+    assert main.run([*flags, "--config.sample.num=11"]) == 0
+    with np.load(workdir / "samples" / "samples_00000000.npz") as file:
+        assert len(file["arr_0"]) == 11
+    assert known_weights == [count, 8, 11]

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import diffax
-from diffax import codes, conditioning, guidance, main, pipeline, stages
+from diffax import codes, conditioning, guidance, main, models, pipeline, schedules, stages, train
 from diffax import config as configs
 from diffax.errors import UserError
 from diffax.process import Prediction
@@ -64,9 +66,18 @@ def dalle2(workdir):
     up = stages.build_stage(config, "up")
     shapes = jax.eval_shape(functools.partial(stages.init_params, up), jax.random.key(1))
     params = {**trained.params, "up": jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes)}
+    return dataclasses.replace(trained, stages=(*trained.stages, up), params=moved(params, 0.2), config=config)
+
+
+def moved(params, by):
+    """Parameters off their start; what is fitted to the data stays."""
     rng = np.random.default_rng(5)
-    moved = jax.tree.map(lambda a: np.float32(a + 0.2 * rng.standard_normal(a.shape)), params)
-    return dataclasses.replace(trained, stages=(*trained.stages, up), params=moved, config=config)
+
+    def move(path, a):
+        fitted = any(getattr(key, "key", "") == "fitted" for key in path)
+        return a if fitted else np.float32(a + by * rng.standard_normal(a.shape))
+
+    return jax.tree_util.tree_map_with_path(move, params)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +152,175 @@ def test_an_embedding_alone_is_no_picture(workdir, tmp_path, capsys):
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-# ---- laws -----------------------------------------------------------------------------------------------------------
+# ---- the autoregressive prior ----------------------------------------------------------------------------------------
+
+AR = ("net.text.width=8", "net.text.layers=1", "net.text.heads=2", "codes.components=3", "codes.buckets=5",
+      "codes.examples=16")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ar(workdir, tmp_path_factory):
+    """Trained for 4 steps beside the CLIP of the other fixture, moved off its start; the trained one, its folder."""
+    folder = tmp_path_factory.mktemp("ar")
+    own = [f"config.{o}" for o in (f"clip.workdir={workdir}", "stages=clip,prior", *(f"prior.{o}" for o in AR))]
+    flags = ["--config=dalle2:ar,tiny", f"--workdir={folder}", *(f"--{o}" for o in (*OVERRIDES, *own))]
+    assert main.run([*flags, "--stage=prior", "--config.prior.train.steps=2"]) == 0
+    fitted = (folder / "prior" / "fitted.npz").read_bytes()
+    assert main.run([*flags, "--stage=prior"]) == 0
+    assert (folder / "prior" / "fitted.npz").read_bytes() == fitted, "resuming fits nothing anew"
+    trained = diffax.load(folder)
+    return dataclasses.replace(trained, params=moved(trained.params, 0.3)), trained, folder
+
+
+def test_the_code_prior_makes_embeddings(ar):
+    sample_fn, trained, folder = ar
+    stage = sample_fn.stages[0]
+    assert sample_fn.takes == ("text", "clip_text") and stage.is_guided and stage.num_steps == 3
+    rows = [json.loads(line) for line in (folder / "prior" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert all(0 <= row["top1"] <= 1 and abs(row["loss"] - np.log(5)) < 1 and row["finite"] == 1 for row in rows)
+    made = sample_fn(0, prompt=PROMPTS)
+    chex.assert_shape(made, (4, 4))
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 3.0, rtol=1e-5)
+    # each is the codec's reading of one of the 5^3 rows of codes
+    codec = codes.Codec(**trained.params["prior"]["fitted"])
+    every = np.stack(np.meshgrid(*[np.arange(5)] * 3), -1).reshape(-1, 3)
+    there = guidance.unit(codes.read(every, codec))
+    assert (np.max(made / 3 @ np.asarray(there).T, axis=1) > 1 - 1e-5).all()
+    chex.assert_trees_all_close(sample_fn(0, 1, prompt=PROMPTS[0]), made[:1], atol=1e-5)
+    free = [sample_fn(0, 24, prompt=p, guidance=0.0) for p in ("a red circle", "a blue square")]
+    chex.assert_trees_all_close(*free, atol=1e-5)
+    told = [sample_fn(0, 24, prompt=p, guidance=4.0) for p in ("a red circle", "a blue square")]
+    assert np.abs(told[0] - told[1]).max() > 1e-2
+
+
+def test_the_loss_of_codes_is_their_cross_entropy(ar):
+    sample_fn, _, _ = ar
+    stage, params = sample_fn.stages[0], sample_fn.params["prior"]
+    codec = codes.Codec(**params["fitted"])
+    rng = np.random.default_rng(2)
+    x, text = (rng.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
+    ids = np.asarray(sample_fn.tokenizers["text"](["a red circle"] * 6))
+    batch = {"image_embedding": x, "text_embedding": text, "text": ids}
+    objective = stages.objective(dataclasses.replace(stage, null={}))
+
+    @jax.jit
+    def both(keys):
+        got = objective.loss(params, codec, batch, keys, jnp.arange(6), 6)
+        similarity = jnp.searchsorted(codec.similarity_edges, jnp.sum(x * text, 1), side="right")
+        cond = {"text": ids, "text_embedding": text, "similarity": similarity}
+        wanted = codes.write(x, codec)
+        return got, wanted, stage.net.apply({"params": params}, wanted, None, cond)
+
+    (loss, metrics, feedback), wanted, logits = both(jax.random.split(jax.random.key(0), 6))
+    coordinates = (x - codec.mean).astype(np.float64) @ codec.directions
+    by_hand = (coordinates[..., None] >= codec.edges[None]).sum(-1)
+    np.testing.assert_array_equal(wanted, by_hand)
+    p = np.exp(np.asarray(logits, np.float64))
+    each = -np.log(np.take_along_axis(p, by_hand[..., None], -1)[..., 0] / p.sum(-1))
+    np.testing.assert_allclose(loss, each.mean(1), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], each.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss_q1"][0] / metrics["loss_q1"][1], each[:, 1].mean(), rtol=1e-4)
+    assert feedback == ()
+
+
+def test_pictures_that_fit_are_asked_for(ar, monkeypatch):
+    """The buckets of the upper half of the products in training, 5 at quantiles: from the third on."""
+    sample_fn, _, _ = ar
+    asked, params = [], sample_fn.params["prior"]
+    monkeypatch.setattr(models, "sample_codes", lambda net, params, context, keys, **_: jnp.zeros((len(keys), 3), int))
+    monkeypatch.setattr(models, "merge", lambda contexts: asked.append(contexts[-1].sequence[:, 0]))
+    cond = {"text": jnp.zeros((60, 8), int), "text_embedding": jnp.zeros((60, 4))}
+    keys = jax.random.split(jax.random.key(0), 60)
+    stages.write_embeddings(sample_fn.stages[0], params, keys, cond, jnp.float32(1))
+    table = params["similarity"]["embed"]["embedding"]
+    found = [{int(np.abs(table - row).sum(1).argmin()) for row in np.asarray(rows)} for rows in asked]
+    assert found == [{5}, {2, 3, 4}], "withheld first, then given"
+
+
+def test_the_codec_is_needed_and_must_fit_the_data(ar, workdir, tmp_path, capsys):
+    _, _, folder = ar
+    (folder / "prior" / "fitted.npz").rename(tmp_path / "kept.npz")
+    with pytest.raises(UserError, match="cannot read what was fitted to the data"):
+        diffax.load(folder)
+    (tmp_path / "kept.npz").rename(folder / "prior" / "fitted.npz")
+    stage = stages.build_stage(configs.to_dict(configs.load("dalle2_prior_ar:tiny")), "prior")
+    section = {"codes": dict(components=3, buckets=9, examples=8), "train": {"start_from": ""}}
+    rows = {"image_embedding": np.eye(4, dtype=np.float32), "text_embedding": np.eye(4, dtype=np.float32)}
+    with pytest.raises(UserError, match="8 values are too few for 9 buckets.*prior.codes"):
+        pipeline.with_codec(stage, section, tmp_path, itertools.repeat(rows))
+
+
+# ---- the variance of the diffusion prior -----------------------------------------------------------------------------
+
+
+def test_what_the_prior_leaves_open_is_measured(workdir, dalle2):
+    stage, params = dalle2.stages[0], dalle2.params["prior"]
+    fitted = params["fitted"]
+    assert fitted["step"] == 4 and stage.analytic and stage.variance == "fixed_small"
+    assert (np.diff(fitted["logsnr"]) > 0).all() and (fitted["residual"] >= 0).all() and len(fitted["residual"]) == 25
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    ids, text = np.asarray(dalle2.tokenizers["text"](["a red circle"] * 8)), jnp.asarray(x[::-1])
+    batch, keys = {"image_embedding": x, "text": ids, "text_embedding": text}, jax.random.split(jax.random.key(0), 8)
+    got = jax.jit(stages.residual_fn(stage, np.array([1.0, 0.5])))(params, batch, keys)[:, 1]
+    eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), (4,)))(keys)
+    level = stage.schedule(np.array([0.5]))
+    z = np.sqrt(jax.nn.sigmoid(level.logsnr)) * x + np.sqrt(jax.nn.sigmoid(-level.logsnr)) * eps
+    f = jax.jit(stage.net.apply)(
+        {"params": params}, z, jnp.full(8, level.time[0]), {"text": ids, "text_embedding": text}
+    )
+    np.testing.assert_allclose(got, np.mean(x**2, 1) - np.mean(np.asarray(f, np.float64) ** 2, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_the_analytic_variance_is_that_of_a_gaussian():
+    """Of x ~ N(0, s^2) the reverse step is a normal, whose variance follows from the joint of z_s and z_t."""
+    s2 = 0.3
+    steps = schedules.respaced(schedules.discrete(schedules.cosine_betas(1000)), 1000, "10")
+    a_t, a_s = (np.asarray(jax.nn.sigmoid(jnp.asarray(level.logsnr)), np.float64) for level in (steps.t, steps.s))
+    var_t, var_s = (a * s2 + 1 - a for a in (a_t, a_s))
+    want = var_s - (np.sqrt(a_t / a_s) * var_s) ** 2 / var_t
+    want[-1] = 0
+    residual = s2 * (1 - a_t) / var_t
+    got = stages.analytic_variance(jnp.zeros((10, 3)), jax.tree.map(jnp.asarray, steps), jnp.asarray(residual))
+    np.testing.assert_allclose(got[:, 0], want, rtol=2e-3, atol=1e-6)
+    assert (want[:-1] > 1.05 * np.exp(steps.min_logvar[:-1])).sum() >= 5, "more than the small fixed variance"
+
+
+# ---- sharpness-aware minimisation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices, accumulate", [(1, 1), (1, 2), (2, 1)])
+def test_sharpness_aware_minimisation_on_a_quadratic(devices, accumulate):
+    """Every device, or microbatch, climbs by its own gradient; the gradients found there are averaged."""
+    curvature, rho, rate = np.array([1.0, 10.0, 0.1]), 0.5, 0.1
+
+    def loss(params, extra, batch, keys, position, total, gather=None):
+        value = 0.5 * jnp.sum(curvature * (params["w"] - batch["x"]) ** 2, 1)
+        return value, {}, ()
+
+    objective = stages.Objective(lambda key: {"w": jnp.array([1.0, -2.0, 3.0])}, lambda: (), loss, lambda e, f: e)
+    tx = optax.sgd(rate)
+    state = train.init_state(jax.random.key(0), objective=objective, tx=tx, ema=())
+    x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    step = functools.partial(
+        train.train_step, objective=objective, tx=tx, schedule=lambda count: rate, accumulate=accumulate, sam=rho
+    )
+    if devices > 1:
+        step = functools.partial(step, axis_name="data")
+        after, _ = jax.jit(jax.vmap(step, (None, 0), axis_name="data"))(state, {"x": x.reshape(devices, -1, 3)})
+        chex.assert_trees_all_close(after.params["w"][0], after.params["w"][1])
+        got, parts = after.params["w"][0], x.reshape(devices, -1, 3)
+    else:
+        got = jax.jit(step)(state, {"x": x})[0].params["w"]
+        parts = [x[i::accumulate] for i in range(accumulate)]
+    w, slopes = np.array([1.0, -2.0, 3.0]), []
+    for part in parts:
+        g = curvature * (w - part.mean(0, dtype=np.float64))
+        slopes.append(curvature * (w + rho * g / np.linalg.norm(g) - part.mean(0, dtype=np.float64)))
+    np.testing.assert_allclose(got, w - rate * np.mean(slopes, 0), rtol=1e-5)
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_nearest_candidate_is_kept():
@@ -228,7 +407,7 @@ def test_what_sections_read_and_when_they_are_trained():
     assert not configs.makes_pictures(alone.prior) and configs.is_sampled(alone.prior)
 
 
-@pytest.mark.parametrize("spec", ["dalle2", "karlo"])
+@pytest.mark.parametrize("spec", ["dalle2", "dalle2:ar", "karlo"])
 def test_whole_systems_have_the_stages_of_their_parts(spec):
     config = configs.load(spec)
     configs.validate(config, device_count=8)
@@ -254,6 +433,9 @@ def test_whole_systems_have_the_stages_of_their_parts(spec):
         ("prior.net.prior.heads=3", ["config.prior.net.prior.heads", "128"]),
         ("prior.loss.name=vlb", ["config.prior.loss.name", "'simple'"]),
         ("prior.timesteps.name=loss_second_moment", ["config.prior.timesteps.name", "'uniform'"]),
+        ("up.variance=analytic", ["config.up.variance", "'unet'"]),
+        ("up.data.embeddings=x", ["config.up.data.embeddings", "no image embedding"]),
+        ("eval.template=a picture", ["config.eval.template", "one {}"]),
         ("prior.predicts=previous_x", ["config.prior.predicts", "'x'"]),
         ("prior.guidance=dynamic_threshold", ["config.prior.guidance", "'classifier_free'"]),
         ("prior.limit=10", ["config.prior.limit", "'clip_denoised'"]),
@@ -270,6 +452,22 @@ def test_bad_configs_get_one_line(override, words):
         configs.validate(config)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("codes.components=33", ["config.prior.codes.components", "32"]),
+        ("codes.examples=10", ["config.prior.codes.examples", "64"]),
+        ("takes=text", ["config.prior.takes", "'text_embedding'"]),
+        ("guidance=clip_denoised", ["config.prior.guidance", "'classifier_free'"]),
+        ("net.name=prior", ["config.prior.codes", "'code_prior'"]),
+    ],
+)
+def test_bad_configs_of_the_code_prior_get_one_line(override, words):
+    with pytest.raises(UserError) as caught:
+        configs.validate(configs.load("dalle2_prior_ar:tiny", [f"config.prior.{override}"]))
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_bits_per_dimension_are_not_of_a_decoder():

@@ -23,11 +23,13 @@ FLOORS = {
     "convert": 3.1,
     "train": 4.0,
     "pipeline": 4.0,
+    "ahead": 4.1,
     "judges": 4.1,
     "compare": 4.1,
     "evaluate": 4.2,
     "editing": 4.1,
     "main": 5,
+    "benchmark": 5.1,
     "__init__": 6,
 }
 # Each alone with its outside world: what it may import of diffax; floors from 3 up may import it.
@@ -45,6 +47,7 @@ LEAVES = {
 NOWHERE = {"tensorflow", "torch", "jaxtyping", "clu", "dill", "cloudpickle"}
 # Third-party packages and the modules that alone may import them.
 ONLY_IN = {
+    "array_record": {"data"},
     "orbax": {"checkpoint"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},

@@ -26,7 +26,7 @@ def test_svc_knows_digits():
 
 
 def test_network_knows_the_colour_of_a_shape_wherever_it_stands():
-    of = section("cfg_imagenet_128:tiny")
+    of = section("cfg_imagenet_128:tiny", "config.base.shape=8,8,3")
     judge = judges.network(of, steps=60)
     test = data.examples(data.held_out(of["data"], shape=of["shape"]), of["data"], shape=of["shape"], limit=70)
     assert judge.accuracy > 0.5, "of eight colours"

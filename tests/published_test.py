@@ -110,9 +110,21 @@ OTHERS = {
 
 
 @needs_manifest
+def test_every_entry_of_the_manifest_is_covered_and_what_it_lacks_is_known():
+    """By the tests above and by the one below; `tests/convert_test.py` compares all names and shapes of the former."""
+    assert {*MODELS, *OTHERS} == {*EVERY}
+    covered = [*map(row_of, MODELS), *(row for row in convert.PUBLISHED if {row.file, row.place} & {*OTHERS.values()})]
+    assert {(row.file, row.place) for row in convert.PUBLISHED if row not in covered} == {
+        ("ViT-B-32.pt", published.CLIPS), ("ViT-B-16.pt", published.CLIPS), ("ViT-L-14.pt", published.CLIPS),
+        ("model.safetensors", "openai/clip-vit-base-patch32"), ("model.safetensors", "openai/clip-vit-base-patch16"),
+        ("ViT-L-14_stats.th", published.KARLO),
+    }  # fmt: skip
+
+
+@needs_manifest
 @pytest.mark.parametrize("name", OTHERS)
-def test_clips_and_karlo_are_recognised(name, tmp_path, monkeypatch):
-    """Each array has its place, and parameters come out, of the right number; what there is no config of is refused."""
+def test_clips_and_karlo_are_recognised(name):
+    """Each array has its place, and parameters come out, of the right number, all of them in sections of a config."""
     shapes = EVERY[name]["state_dict"]
     (row,) = (row for row in convert.PUBLISHED if OTHERS[name] in (row.file, row.place))
     found, table = convert.recognise(blanks(shapes), row.name)
@@ -120,10 +132,17 @@ def test_clips_and_karlo_are_recognised(name, tmp_path, monkeypatch):
     assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}
     without_key_bias = 12 * (768 if "image" in name else 512) if row.family == "glide-clip" else 0
     assert sum(int(np.prod(entry.shape)) for entry in table) == row.parameters + without_key_bias
-    if not row.config:
-        monkeypatch.setattr(weights, "read", lambda *_: blanks(shapes))
-        with pytest.raises(UserError, match=f"this is {row.file} of {row.place}, and no config is of it yet; .*x.ckpt"):
-            convert.match(tmp_path / "x.ckpt")
+    sections, settings = published._parts(
+        blanks(shapes) | {"clip_std": np.ones((1, 768), np.float32)},
+        row.family,
+        published._config(row.config),
+        row.section,
+        table,
+    )
+    count = sum(len(part) for part in sections.values()) + len(settings)
+    assert count == len(table)
+    assert [*sections] == (["up", "up_last"] if "sr" in name else [row.section])
+    assert [*settings] == ([("clip", "embedding", k) for k in ("mean", "std")] if "diffusers" in name else [])
 
 
 def test_openai_and_transformers_agree_on_the_size_of_a_clip():
@@ -272,6 +291,12 @@ def small(small_files, monkeypatch):
     return made
 
 
+def parameters(found):
+    """Those of a file that holds one section."""
+    (table,) = found.sections.values()
+    return convert.to_flax(found.tensors, table)
+
+
 def assert_equal(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), got, want)
 
@@ -322,34 +347,70 @@ def test_a_workdir_that_is_not_ours_is_left_alone(small, tmp_path):
     assert not (workdir / "classifier").exists()
 
 
-@pytest.mark.parametrize("names", [("base.pt", "clip_text_enc.pt"), ("clip_image_enc.pt", "base.pt")])
-def test_glides_base_and_its_clip_are_one_system(names, tmp_path):
+def of_files(names, folder):
+    """What `match` finds in published files of these names; no numbers are needed to see what goes with what."""
     rows = [next(row for row in convert.PUBLISHED if row.file == name) for name in names]
-    matches = [published.Match(tmp_path / r.file, {}, published._config(r.config), r.section, []) for r in rows]
-    first = published._system(matches[0], tmp_path)
-    assert first == published.only(published._config(rows[0].config), [rows[0].section])
-    configs.validate(configs.from_dict(first))
-    (tmp_path / "config.json").write_text(json.dumps(first))
-    both = published._system(matches[1], tmp_path)
-    assert both == published._config("glide_base_64:clip")
-    (tmp_path / "config.json").write_text(json.dumps(both))
-    with pytest.raises(UserError, match="which has no up like this one"):
-        published._system(matches[0]._replace(section="up", config=published._config("glide_upsample_256")), tmp_path)
+    found = []
+    for row in rows:
+        sections, settings = {row.section: []}, {}
+        if row.family == "karlo-upsampler":
+            sections["up_last"] = []
+        if row.family == "karlo-stats":
+            sections, settings = {}, {("clip", "embedding", name): [0.5] * 768 for name in ("mean", "std")}
+        found.append(published.Match(folder / row.file, {}, published._config(row.config), sections, settings))
+    return found
 
 
-@pytest.mark.parametrize("names", [("base.pt", "upsample.pt"), ("upsample.pt", "base.pt")])
-def test_the_two_files_of_glide_are_one_system(names, tmp_path):
-    """The second is put beside the first, in the config that has both; no numbers are needed to see that."""
-    rows = [next(row for row in convert.PUBLISHED if row.file == name) for name in names]
-    matches = [published.Match(tmp_path / r.file, {}, published._config(r.config), r.section, []) for r in rows]
-    first = published._system(matches[0], tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(first))
-    both = published._system(matches[1], tmp_path)
-    assert (first["stages"], both["name"], both["stages"]) == ([rows[0].section], "glide", ["base", "up"])
-    assert both == published._config("glide")
-    classifier = matches[0]._replace(section="classifier", config=published._config("adm_classifier_64"))
-    with pytest.raises(UserError, match="which has no classifier like this one"):
-        published._system(classifier, tmp_path)
+def put(found, workdir):
+    """Leaves what `save` would leave, but for the numbers; returns the config."""
+    config = published._system(found, workdir)
+    configs.validate(configs.from_dict(config))
+    for name in (name for m in found for name in m.sections):
+        (workdir / name / "checkpoints").mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(config))
+    return config
+
+
+GLIDE = ("base.pt", "clip_text_enc.pt", "upsample.pt")
+GLIDES = {"base": "glide_base_64", "clip": "glide_clip", "up": "glide_upsample_256", "base clip": "glide_base_64:clip",
+          "base up": "glide", "base clip up": "glide:clip"}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)])
+def test_the_files_of_glide_are_one_system(order, tmp_path):
+    """Whatever comes first: a workdir has the config of the sections that are in it."""
+    there = []
+    for m in of_files([GLIDE[i] for i in order], tmp_path):
+        config = put([m], tmp_path)
+        there = sorted([*there, *m.sections])
+        if want := GLIDES.get(" ".join(there)):
+            assert config == published.only(published._config(want), there)
+    assert config == published._config("glide:clip")
+    (classifier,) = of_files(["64x64_classifier.pt"], tmp_path)
+    with pytest.raises(UserError, match="holds glide, which has no classifier like this one"):
+        published._system([classifier], tmp_path)
+
+
+KARLO = ("ViT-L-14.pt", "prior-ckpt-step=01000000-of-01000000.ckpt", "decoder-ckpt-step=01000000-of-01000000.ckpt",
+         "improved-sr-ckpt-step=1.2M.ckpt", "ViT-L-14_stats.th")  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [[(0, 1, 2, 3, 4)], [(1,), (0,), (4,), (3,), (2,)], [(2, 4), (3,), (1, 0)]])
+def test_the_files_of_karlo_are_one_system(parts, tmp_path):
+    """All at once or one after the other; the statistics are in the config whenever they came."""
+    for part in parts:
+        config = put(of_files([KARLO[i] for i in part], tmp_path), tmp_path)
+    want = published._config("karlo")
+    want["clip"]["embedding"].update(mean=[0.5] * 768, std=[0.5] * 768)
+    assert config == want
+    with pytest.raises(UserError, match="there are parameters of prior already"):
+        published._system(of_files(KARLO[1:2], tmp_path), tmp_path)
+
+
+def test_statistics_alone_are_no_model(tmp_path):
+    found = of_files(KARLO[4:], tmp_path)
+    with pytest.raises(UserError, match="statistics of embeddings alone; .*stats.th; give the files of the models"):
+        published._system(found, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -381,10 +442,16 @@ def test_the_two_files_of_a_clip(clip_files, file, tmp_path, monkeypatch, capsys
         config, found, _ = convert.load(sources, "glide_clip:tiny")
         assert_equal(found, {"clip": params})
         assert config["stages"] == ["clip"]
-    assert command.run([str(workdir), str(tmp_path / "out.safetensors"), "--to=safetensors"]) == 2
-    assert "clip cannot be written under PyTorch's names: 'openai' has no names for an encoder of noisy" in (
-        capsys.readouterr().err
-    )
+    # and back, as one file with the scale
+    out = tmp_path / "out.safetensors"
+    assert command.run([str(workdir), str(out), "--to=safetensors"]) == 0
+    exported = weights.read(out)
+    assert float(np.asarray(exported.pop("logit_scale"))) == params["logit_scale"]
+    for tower, name in convert.clip.GLIDE_FILES.items():
+        for key, array in weights.read(folder / name).items():
+            np.testing.assert_array_equal(np.asarray(exported.pop(f"{tower}.{key}")), np.asarray(array), strict=True)
+    assert not exported
+    assert_equal(convert.load(out, "glide_clip:tiny")[1], {"clip": params})
     alone = tmp_path / file
     alone.write_bytes((folder / file).read_bytes())
     with pytest.raises(UserError, match=f"one encoder of a CLIP, and {other} is not beside it; .*{file}; put both"):
@@ -392,6 +459,140 @@ def test_the_two_files_of_a_clip(clip_files, file, tmp_path, monkeypatch, capsys
     alone.with_name(other).write_bytes((folder / file).read_bytes())
     with pytest.raises(UserError, match=f"encoder that goes with {file}: .*missing.*; .*{other}; download it again"):
         convert.match(alone)
+
+
+# ---- karlo, in small -------------------------------------------------------------------------------------------------
+
+MICRO = """
+from diffax.config import load
+
+VARIANTS = {}
+
+
+def get_config(variant=""):
+    config = load("KARLO:tiny")
+    config.name = "small_karlo"
+    config.clip.shape, config.prior.shape, config.decoder.shape = (8, 8, 3), (8,), (8, 8, 3)
+    config.up.shape = (16, 16, 3)
+    config.clip.net.features = 8
+    config.clip.net.image.update(width=16, layers=1, heads=2)
+    config.clip.net.text.update(width=16, layers=1, heads=2)
+    config.prior.net.prior.update(width=16, layers=1, heads=2)
+    config.decoder.net.update(channels=8, channel_mult=(1, 2), groups=4, attention=(2,), head_channels=8)
+    config.decoder.net.clip.sequence_width = 16
+    config.up.low_res.crop = 0
+    config.up.net.update(channels=8, channel_mult=(1, 2), groups=4)
+    config.prior.steps = config.decoder.steps = config.up.steps = "2"
+    for name in ("net", "shape", "low_res", "steps"):
+        config.up_last[name] = config.up[name]
+    config.sample.update(num=2, batch_size=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def karlo_files(tmp_path_factory):
+    """(a config of a small karlo, its five files, the parameters in them)."""
+    folder = tmp_path_factory.mktemp("karlo")
+    path = folder / "small_karlo.py"
+    path.write_text(MICRO.replace("KARLO", str(pathlib.Path(configs._folder()) / "karlo.py")))
+    config, files, params = published._config(str(path)), [], {}
+    families = {"clip": "openai-clip", "prior": "karlo", "decoder": "karlo", "up": "karlo-upsampler"}
+    for section, family in families.items():
+        table = published.table(published.Published("", "", family, 0, str(path), section))
+        rng = np.random.default_rng(len(files))
+        arrays = {k: np.float32(0.1) * rng.standard_normal(s, np.float32) for k, s in torch_shapes(table).items()}
+        files.append(folder / f"{section}.ckpt")
+        nested = {"state_dict": lambda t: {"state_dict": t, "step": 7}, "": lambda t: t}
+        files[-1].write_bytes(state_dict(arrays, wrap=nested["state_dict" if family.startswith("karlo") else ""]))
+        found = convert.to_flax(arrays, table)
+        params |= {"up": found["first"], "up_last": found["last"]} if section == "up" else {section: found}
+    files.append(folder / "stats.th")
+    stats = np.float32([np.arange(8), 1 + np.arange(8)])
+    files[-1].write_bytes(state_dict(dict(zip("01", stats, strict=True)), wrap=lambda t: tuple(t.values())))
+    return path, config, files, params
+
+
+def test_karlo_from_its_files_to_a_picture(karlo_files, tmp_path, capsys):
+    """One command makes a workdir that the config samples from, by its statistics, though the config has none."""
+    path, config, files, params = karlo_files
+    workdir = tmp_path / "run"
+    assert command.run([*map(str, files), str(workdir), f"--model={path}"]) == 0
+    assert f"up_last of small_karlo: {workdir / 'up_last'}" in capsys.readouterr().out.splitlines()
+    want = published._with_settings(
+        config,
+        {
+            ("clip", "embedding", "mean"): [*map(float, range(8))],
+            ("clip", "embedding", "std"): [*map(float, range(1, 9))],
+        },
+    )
+    assert json.loads((workdir / "config.json").read_text()) == want
+    for given in (None, config):
+        loaded = pipeline.load(workdir, config=given)
+        assert_equal(loaded.params, params)
+        prior = loaded.stages[0]
+        np.testing.assert_array_equal(prior.clip.scale.mean, np.arange(8))
+        np.testing.assert_array_equal(prior.clip.scale.std, 1 + np.arange(8))
+    flags = [f"--config={path}", "--mode=sample", f"--workdir={workdir}", "--prompt=a red circle"]
+    assert main.run(flags) == 0, capsys.readouterr().err
+    assert (workdir / "samples.png").exists()
+
+    # into memory: the same; and a part that reads by a CLIP is no system without it
+    found = convert.load(files, str(path))
+    assert found[0] == want
+    assert_equal(found[1], params)
+    with pytest.raises(UserError, match="prior reads captions or pictures by a CLIP, clip; .*; pass its file too"):
+        convert.load(files[1:], str(path))
+
+    # and back
+    for file, section in zip(files[1:3], ("prior", "decoder"), strict=True):
+        out = tmp_path / f"{section}.safetensors"
+        assert command.run([str(workdir), str(out), "--to=safetensors", f"--stage={section}"]) == 0
+        before, after = weights.read(file), weights.read(out)
+        assert set(before) == set(after)
+        for key in before:
+            np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
+
+
+def test_clips_of_other_sizes_and_programs(tmp_path, capsys):
+    """What the arrays of openai/CLIP or the config.json of transformers describe becomes a config of its own."""
+    settings = {
+        "text_config": dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1),
+        "vision_config": dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1,
+                              image_size=16, patch_size=8),
+        "projection_dim": 12,
+    }  # fmt: skip
+    architecture = convert.clip.transformers_config(settings)
+    tables = {names: convert.clip.table(architecture.build(), names) for names in ("transformers", "openai")}
+    rng = np.random.default_rng(0)
+    shapes = torch_shapes(tables["transformers"])
+    arrays = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+    params = convert.to_flax(arrays, tables["transformers"])
+    folder = tmp_path / "my-clip"
+    folder.mkdir()
+    weights.write(folder / "model.safetensors", arrays, {})
+    (tmp_path / "other.pt").write_bytes(state_dict(convert.to_torch(params, tables["openai"])))
+    (folder / "config.json").write_text(json.dumps(settings))
+    for source, name in ((folder, "my-clip"), (tmp_path / "other.pt", "other")):
+        workdir = tmp_path / f"run-{name}"
+        assert command.run([str(source), str(workdir)]) == 0, capsys.readouterr().err
+        config = json.loads((workdir / "config.json").read_text())
+        assert (config["name"], config["stages"], config["clip"]["shape"]) == (name, ["clip"], [16, 16, 3])
+        assert_equal(pipeline.load_params(config, "clip", workdir)[0], params)
+        built = stages.build(config, "clip")
+        assert not built.noised and repr(built.net) == repr(architecture.build().clone(
+            image=architecture.build().image.clone(hidden=0), text=architecture.build().text.clone(hidden=0)
+        ))  # fmt: skip
+    settings["text_config"]["intermediate_size"] = 128
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        UserError, match="intermediate_size=128 cannot be converted; supported: 256; .*; convert another"
+    ):
+        convert.match(folder)
+    settings["text_config"].update(intermediate_size=256, hidden_size=128)
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="intermediate_size=256 cannot be converted"):
+        convert.match(folder)
 
 
 def test_weights_of_another_kind_of_network(clip_files, small, tmp_path, monkeypatch):
@@ -459,7 +660,7 @@ def test_what_counts_as_weights(small, tmp_path):
 @pytest.mark.parametrize("name, step", [("ema_0.9999_540000", 540000), ("model000500", 500), ("x", 800), ("x_1", 800)])
 def test_training_step(name, step, small):
     match = convert.match(small["base"][0], model="small_base")
-    assert published.training_step(match._replace(path=pathlib.Path(f"{name}.pt"))) == step
+    assert published.training_step(match._replace(path=pathlib.Path(f"{name}.pt")), "base") == step
 
 
 def test_a_file_that_is_not_the_model_that_it_is_said_to_be(small, tmp_path, capsys):
@@ -481,15 +682,15 @@ def test_a_model_of_ones_own(small, monkeypatch):
     """--model names a config; the section is found, and the order of attention is what the user says."""
     base, params = small["base"]
     found = convert.match(base, model="small_guided", attention_order="new")
-    assert (found.section, found.config["name"]) == ("base", "small_guided")
-    new = convert.to_flax(found.tensors, found.table)
+    assert ([*found.sections], found.config["name"]) == (["base"], "small_guided")
+    new = parameters(found)
     place = ("unet", "mid_attention", "attention", "qkv_bias")
     old, new = (functools.reduce(dict.__getitem__, place, tree) for tree in (params, new))
     heads, width = old.shape[1:]
     assert heads > 1
     np.testing.assert_array_equal(new.reshape(-1), old.transpose(1, 0, 2).reshape(-1))
     monkeypatch.setattr(published, "PUBLISHED", ())  # so that it is told from the config alone
-    assert convert.match(small["classifier"][0], model="small_guided").section == "classifier"
+    assert [*convert.match(small["classifier"][0], model="small_guided").sections] == ["classifier"]
 
 
 # ---- back out --------------------------------------------------------------------------------------------------------
@@ -508,7 +709,7 @@ def test_there_and_back_is_exact(small, tmp_path, capsys):
         for key in before:
             np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
         found = convert.match(out, model=f"small_{section}")
-        assert_equal(convert.to_flax(found.tensors, found.table), params)
+        assert_equal(parameters(found), params)
     with pytest.raises(UserError, match="checkpoint has no EMA 0.5; it has 0.995"):
         convert.export(workdir, out, stage="base", decay="0.5")
 
@@ -524,13 +725,16 @@ def test_one_of_several_averages(small, tmp_path):
     for decay, want in ((None, "0.995"), ("0.9", "0.9"), ("0.995", "0.995")):
         assert convert.export(workdir, out, decay=decay) == 900
         found = convert.match(out, model="small_base")
-        assert_equal(convert.to_flax(found.tensors, found.table), ema[want])
+        assert_equal(parameters(found), ema[want])
 
 
 def test_families_of_exported_networks():
     for config, family in (("ddpm_cifar10", "diffusers"), ("adm_imagenet_64", "openai"), ("cfg_imagenet_64", "openai")):
         assert published._family(configs.load(config).base)[0] == family
-    assert published._family(configs.load("glide_clip").clip)[0] == "openai-clip"
+    assert published._family(configs.load("glide_clip").clip)[0] == "noised-clip"
+    karlo = configs.load("karlo")
+    families = [published._family(karlo[name])[0] for name in ("clip", "prior", "decoder", "up")]
+    assert families == ["openai-clip", "karlo", "karlo", "openai"]
 
 
 def test_a_condition_that_openai_has_not():
@@ -587,7 +791,7 @@ def test_a_folder_becomes_a_workdir(tmp_path):
     config = convert.save(found, tmp_path / "run")
     assert (config["base"]["variance"], config["base"]["schedule"]["steps"]) == ("fixed_small", 1000)
     loaded = pipeline.load(tmp_path / "run")
-    assert_equal(loaded.params["base"], convert.to_flax(found.tensors, found.table))
+    assert_equal(loaded.params["base"], parameters(found))
 
 
 @pytest.mark.parametrize(
@@ -620,6 +824,9 @@ def test_folders_that_are_not_complete(tmp_path):
         convert.match(folder)
     weights.write(folder / "model.safetensors", {"visual_projection.weight": np.ones((2, 2), np.float32)}, {})
     assert convert.is_weights(folder)
+    with pytest.raises(UserError, match="config.json holds no settings"):
+        convert.match(folder)
+    (folder / "config.json").unlink()
     with pytest.raises(UserError, match="of no model that was published; .*model.safetensors; pass --model"):
         convert.match(folder)
 

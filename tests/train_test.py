@@ -187,6 +187,17 @@ def test_learning_rate():
     assert float(train.learning_rate(c | {"anneal": "linear"})(100)) == 0
 
 
+def test_a_text_transformer_may_learn_more_slowly():
+    params = {"text": {"block": np.ones(3), "proj": np.ones(3)}, "conv": {"kernel": np.ones(3)}}
+    updates = {}
+    for rate in (1.0, 0.25):
+        tx = train.optimizer(section(text_rate=rate, warmup_steps=0)["train"])
+        updates[rate], _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
+    expected = {**updates[1.0], "text": {**updates[1.0]["text"], "block": updates[1.0]["text"]["block"] / 4}}
+    chex.assert_trees_all_close(updates[0.25], expected)
+    assert np.abs(expected["text"]["block"]).min() > 0
+
+
 def test_ema_warmup_forgets_the_start():
     run = make("jit", ema=[0.9999], ema_warmup=True)
     state = run.create()

@@ -146,6 +146,26 @@ def test_safetensors(tmp_path):
         assert file.metadata() == {"step": "7"}
 
 
+def test_a_safetensors_header_may_have_any_length(tmp_path):
+    """Its length comes first in the file, and may begin like a pickle (0x80) or a web page ('<')."""
+    text = json.dumps({"a": dict(dtype="F32", shape=[2], data_offsets=[0, 8])}).encode()
+    for length in range(256, 512):
+        path = write(tmp_path, length.to_bytes(8, "little") + text.ljust(length) + bytes(8), ".safetensors")
+        np.testing.assert_array_equal(np.asarray(weights.read(path)["a"]), [0, 0], err_msg=f"{length}")
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple"])
+def test_a_file_that_is_a_list_of_tensors(kind, tmp_path):
+    def wrap(found):
+        return tuple(found.values()) if kind == "tuple" else b"](" + b"".join(map(value, found.values())) + b"e"
+
+    arrays = {str(i): np.full(3, i, np.float32) for i in range(2)}
+    found = weights.read(write(tmp_path, state_dict(arrays, wrap=wrap)))
+    assert set(found) == {"0", "1"}
+    for key, want in arrays.items():
+        np.testing.assert_array_equal(np.asarray(found[key]), want)
+
+
 # ---- where the state dict is -----------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from diffax.convert import clip, diffusers, glide, karlo, openai
 from diffax.convert.architecture import Architecture
-from diffax.convert.published import PUBLISHED, export, is_weights, load, match, recognise, save
+from diffax.convert.published import PUBLISHED, export, is_weights, load, match, match_all, recognise, save
 from diffax.convert.table import Entry, Layout, Table, to_flax, to_torch
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "karlo",
     "load",
     "match",
+    "match_all",
     "openai",
     "recognise",
     "save",

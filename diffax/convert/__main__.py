@@ -1,4 +1,4 @@
-"""The command: `python -m diffax.convert 64x64_diffusion.pt runs/adm_64`."""
+"""The command: `python -m diffax.convert 64x64_diffusion.pt 64x64_classifier.pt runs/adm_64`."""
 
 import argparse
 import pathlib
@@ -22,10 +22,17 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = _Parser(prog="python -m diffax.convert", description=DESCRIPTION, allow_abbrev=False)
-    p.add_argument(
-        "source", nargs="?", help="a .pt, .pth or .safetensors file or a diffusers folder; or a workdir to be exported"
+    p.usage = (
+        "python -m diffax.convert FILE ... WORKDIR\n       python -m diffax.convert WORKDIR FILE --to=safetensors\n"
+        "       python -m diffax.convert --list"
     )
-    p.add_argument("target", nargs="?", metavar="workdir", help="the workdir to write; or the .safetensors file")
+    p.add_argument(
+        "paths",
+        nargs="*",
+        metavar="FILE ... WORKDIR",
+        help=".pt, .pth, .ckpt or .safetensors files or folders of diffusers or transformers that make one system, and "
+        "the workdir to write; or a workdir and the .safetensors file to export it to",
+    )
     p.add_argument("--model", help="the config or published file that it is (default: told from names and shapes)")
     p.add_argument("--to", choices=("diffax", "safetensors"), default="diffax", help="what to write (default diffax)")
     p.add_argument("--stage", help="--to=safetensors: the stage, where there are several")
@@ -58,17 +65,22 @@ def run(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         if args.list:
             print(list_text())
-        elif args.source is None or args.target is None:
+        elif len(args.paths) < 2:
             raise UserError("a source and a workdir are needed; command line; see --help")
         elif args.to == "safetensors":
+            if len(args.paths) > 2:
+                raise UserError("--to=safetensors takes one workdir and one file; command line; see --help")
+            source, target = args.paths
             step = published.export(
-                args.source, args.target, stage=args.stage, decay=args.ema, attention_order=args.attention_order
+                source, target, stage=args.stage, decay=args.ema, attention_order=args.attention_order
             )
-            print(f"step {step}: {args.target}")
+            print(f"step {step}: {target}")
         else:
-            found = published.match(args.source, model=args.model, which=args.ema, attention_order=args.attention_order)
-            config = published.save(found, args.target)
-            print(f"{found.section} of {config['name']}: {pathlib.Path(args.target) / found.section}")
+            *files, target = args.paths
+            found = published.match_all(files, model=args.model, which=args.ema, attention_order=args.attention_order)
+            config = published.save(found, target)
+            for name in (name for m in found for name in m.sections):
+                print(f"{name} of {config['name']}: {pathlib.Path(target) / name}")
         return 0
     except (UserError, RunError) as error:
         if "--debug" in argv:

@@ -203,18 +203,30 @@ def without_buffers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file_table(network: CLIP, shape: Sequence[int], *, names: str, tower: str = "") -> Table:
-    """The map between a published file and the parameters of a whole CLIP, or of its encoder `tower`.
+    """The map between a file and the parameters of a whole CLIP, or of its encoder `tower`.
 
     Args:
       network: a whole CLIP.
       shape: (H, W, C) of its images, which the network knows.
-      names: see `table`.
+      names: see `table`; with 'glide' a whole CLIP is both of GLIDE's files in one, see `glide_table`, and the log of
+        the scale as 'logit_scale'.
       tower: 'image' or 'text', or '' for both.
 
     Raises:
       ValueError: `network` cannot bear such names.
     """
+    if names == "glide" and not tower:
+        return [*_glide_towers(network), Entry(("logit_scale",), ((),), ("logit_scale",), (), SAME)]
     return table(getattr(network, tower) if tower else network, names)
+
+
+def _glide_towers(network: CLIP) -> Table:
+    """The map between GLIDE's two files, their names led by 'image.' and 'text.', and both encoders."""
+    return [
+        entry._replace(keys=tuple(f"{tower}.{key}" for key in entry.keys), path=(tower, *entry.path))
+        for tower in GLIDE_FILES
+        for entry in table(getattr(network, tower), "glide")
+    ]
 
 
 def glide_table(network: CLIP, *, logit_scale: float = 100.0) -> Table:
@@ -224,13 +236,8 @@ def glide_table(network: CLIP, *, logit_scale: float = 100.0) -> Table:
       network: see `glide_config`.
       logit_scale: what multiplies the cosines (not its log), which is in the config file and in neither of these: 100.
     """
-    towers = [
-        entry._replace(keys=tuple(f"{tower}.{key}" for key in entry.keys), path=(tower, *entry.path))
-        for tower in GLIDE_FILES
-        for entry in table(getattr(network, tower), "glide")
-    ]
     scale = Layout(lambda: np.log(logit_scale).astype(np.float32), lambda w: ())
-    return [*towers, Entry((), (), ("logit_scale",), (), scale)]
+    return [*_glide_towers(network), Entry((), (), ("logit_scale",), (), scale)]
 
 
 def glide_arrays(**files: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from diffax.convert.glide import BLOCK
 from diffax.convert.openai import LEAF, Rename, plain, qkv_bias, qkv_kernel
 from diffax.convert.table import SAME, Entry, Layout, Path, Table, make_table, param_shapes
 from diffax.models import Network, Prior, example_inputs
+from diffax.models.clip import CLIP
 
 # a class of karlo's, or of a whole file of weights, and which network is in it
 MODELS = {
@@ -118,6 +119,24 @@ def diffusers_table(network: Network, shape: Sequence[int]) -> Table:
         Entry((f"clip_{name}",), ((1, size),), ("stats", name), (size,), _leading_one(1)) for name in ("mean", "std")
     ]
     return net + stats
+
+
+def stats_table(network: CLIP, shape: Sequence[int]) -> Table:
+    """The map between karlo's file of statistics (ViT-L-14_stats.th), see `flat`, and {'stats': {'mean', 'std'}}.
+
+    Args:
+      network: the CLIP whose embeddings they are of.
+      shape: of its pictures, which changes nothing.
+    """
+    size = network.image.features
+    return [Entry((str(i),), ((size,),), ("stats", name), (size,), SAME) for i, name in enumerate(("mean", "std"))]
+
+
+def flat(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The two arrays of a file of statistics, read, as [D]; another file is left as it is."""
+    if set(state_dict) != {"0", "1"}:
+        return dict(state_dict)
+    return {key: np.asarray(value).reshape(-1) for key, value in state_dict.items()}
 
 
 def stats(mean: Any, std: Any) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ A file says nothing of its network. It is told by the number of its parameters, 
 its arrays, which must be those that the network of a config would have.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -19,8 +20,8 @@ from flax import traverse_util
 from diffax import checkpoint, images, models, stages
 from diffax import config as configs
 from diffax.convert import clip, diffusers, glide, karlo, openai, weights
-from diffax.convert.architecture import Architecture
-from diffax.convert.table import Table, misfit, parameter, to_flax, to_torch
+from diffax.convert.architecture import Architecture, refuse
+from diffax.convert.table import Table, misfit, parameter, to_torch
 from diffax.errors import UserError
 from diffax.models.clip import CLIP
 
@@ -33,12 +34,16 @@ class Family(NamedTuple):
       table: (network, shape, **options) -> the table.
       rename: {name: array} of an old file -> the same under today's names.
       networks: what it is a table of.
+      parts: of files that hold more than one thing, the first names of the table's paths, and the field of the section
+        that names whose it is; '' for the section itself. 'stats' are no parameters but go into the section's
+        `embedding`.
     """
 
     marks: tuple[str, ...]
     table: Callable[..., Table]
     rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     networks: tuple[type, ...] = (models.Network,)
+    parts: Mapping[str, str] = {}
 
 
 def _clip(names: str, *marks: str) -> Family:
@@ -53,9 +58,13 @@ FAMILIES = {
     "glide-clip": _clip("glide", "blocks.input.patch_proj", "blocks.input.w_voc"),
     "openai-clip": _clip("openai", "visual.proj"),
     "transformers": _clip("transformers", "visual_projection.weight"),
+    "noised-clip": _clip("glide", "image.blocks.input.patch_proj"),
     "karlo": Family(("model.prd_emb", "model.cf_param"), functools.partial(karlo.table, prefix="model.")),
-    "karlo-upsampler": Family(("model_first_steps.input_blocks.0.0.weight",), karlo.upsampler_table),
-    "diffusers-prior": Family(("prd_embedding",), karlo.diffusers_table),
+    "karlo-upsampler": Family(
+        ("model_first_steps.input_blocks.0.0.weight",), karlo.upsampler_table, parts={"first": "", "last": "last"}
+    ),
+    "karlo-stats": Family(("0",), karlo.stats_table, karlo.flat, (CLIP,), {"stats": ""}),
+    "diffusers-prior": Family(("prd_embedding",), karlo.diffusers_table, parts={"net": "", "stats": "clip"}),
 }
 HO = {"flip_sin_to_cos": False}
 # Options of a family's table for networks that were not published.
@@ -75,7 +84,7 @@ class Published(NamedTuple):
       family: key of `FAMILIES`.
       parameters: how many numbers it holds.
       config: which config is of it, with the variant; '' if there is none.
-      section: which section of that.
+      section: which section of that; of a file of several, the first.
       options: of the family's table.
       architecture: the network, where there is no config.
     """
@@ -102,40 +111,7 @@ NEW = {"attention_order": "new"}
 UNET, MODEL, UP = "diffusion_pytorch_model.safetensors", "model.safetensors", "up"
 CLIPS = "https://openaipublic.azureedge.net/clip/models"
 KARLO = "https://arena.kakaocdn.net/brainrepo/models/karlo-public/v1.0.0.alpha"
-KARLO_PRIOR = functools.partial(
-    karlo.net_config,
-    dict(text_ctx=77, xf_width=2048, xf_layers=20, xf_heads=32, xf_final_ln=True, clip_dim=768),
-    model="PriorDiffusionModel",
-)
-KARLO_DECODER = functools.partial(
-    karlo.net_config,
-    dict(
-        in_channels=3, model_channels=320, out_channels=6, num_res_blocks=3, attention_resolutions=(2, 4, 8),
-        channel_mult=(1, 2, 3, 4), dropout=0.1, num_heads=-1, num_head_channels=64, num_heads_upsample=-1,
-        use_scale_shift_norm=True, resblock_updown=True, text_ctx=77, xf_width=1536, clip_dim=768, clip_emb_mult=4,
-        clip_emb_type="image", clip_emb_drop=0.1,
-    ),
-    model="Text2ImProgressiveModel",
-)  # fmt: skip
-KARLO_UPSAMPLER = functools.partial(
-    karlo.net_config,
-    dict(channels=320, depth=3, channels_multiple=(1, 2, 3, 4), dropout=0.0),
-    model="ImprovedSupRes64to256ProgressiveModel",
-    image_size=256,
-)
-
-
-def _vit(patch: int, *, large: bool = False) -> Callable[[], Architecture]:
-    """One of the CLIPs that OpenAI published: ViT-B or ViT-L, pictures of 224x224."""
-    text, image, size = {"hidden_size": 512}, {"patch_size": patch}, 512
-    if large:
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-        image |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-        size = 768
-    return functools.partial(
-        clip.transformers_config, {"text_config": text, "vision_config": image, "projection_dim": size}
-    )
-
+VIT_B_32 = functools.partial(clip.transformers_config, {"vision_config": {"patch_size": 32}})
 
 # Parameters as counted in the networks that the programs build from the flags of their README files.
 PUBLISHED = (
@@ -168,21 +144,22 @@ PUBLISHED = (
     Published("upsample_inpaint.pt", GLIDE, "glide", 398_368_198, "glide_inpaint_256", UP),
     Published("clip_image_enc.pt", GLIDE, "glide-clip", 86_443_776, "glide_clip", "clip", {"tower": "image"}),
     Published("clip_text_enc.pt", GLIDE, "glide-clip", 71_679_488, "glide_clip", "clip", {"tower": "text"}),
-    Published("ViT-B-32.pt", CLIPS, "openai-clip", 151_277_313, architecture=_vit(32)),
-    Published("ViT-B-16.pt", CLIPS, "openai-clip", 149_620_737, architecture=_vit(16)),
-    Published("ViT-L-14.pt", CLIPS, "openai-clip", 427_616_513, architecture=_vit(14, large=True)),
-    Published(MODEL, "openai/clip-vit-base-patch32", "transformers", 151_277_313, architecture=_vit(32)),
-    Published(MODEL, "openai/clip-vit-base-patch16", "transformers", 149_620_737, architecture=_vit(16)),
-    Published(MODEL, "openai/clip-vit-large-patch14", "transformers", 427_616_513, architecture=_vit(14, large=True)),
-    Published("prior-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 1_022_028_544, architecture=KARLO_PRIOR),
-    Published("decoder-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 893_318_086, architecture=KARLO_DECODER),
-    Published("improved-sr-ckpt-step=1.2M.ckpt", KARLO, "karlo-upsampler", 1_383_159_046, architecture=KARLO_UPSAMPLER),
-    Published(UNET, "kakaobrain/karlo-v1-alpha", "diffusers-prior", 1_022_030_080, architecture=KARLO_PRIOR),
+    Published("ViT-B-32.pt", CLIPS, "openai-clip", 151_277_313, architecture=VIT_B_32),
+    Published("ViT-B-16.pt", CLIPS, "openai-clip", 149_620_737, "clip_vit_b16", "clip"),
+    Published("ViT-L-14.pt", CLIPS, "openai-clip", 427_616_513, "karlo", "clip"),
+    Published(MODEL, "openai/clip-vit-base-patch32", "transformers", 151_277_313, architecture=VIT_B_32),
+    Published(MODEL, "openai/clip-vit-base-patch16", "transformers", 149_620_737, "clip_vit_b16", "clip"),
+    Published(MODEL, "openai/clip-vit-large-patch14", "transformers", 427_616_513, "karlo", "clip"),
+    Published("prior-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 1_022_028_544, "karlo", "prior"),
+    Published("decoder-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 893_318_086, "karlo", "decoder"),
+    Published("improved-sr-ckpt-step=1.2M.ckpt", KARLO, "karlo-upsampler", 1_383_159_046, "karlo", UP),
+    Published("ViT-L-14_stats.th", KARLO, "karlo-stats", 1_536, "karlo", "clip"),
+    Published(UNET, "kakaobrain/karlo-v1-alpha", "diffusers-prior", 1_022_030_080, "karlo", "prior"),
     Published(UNET, "google/ddpm-cifar10-32", "diffusers", 35_746_307, "ddpm_cifar10", options=HO),
     Published(UNET, "google/ddpm-cat-256", "diffusers", 113_673_219, "ddpm_lsun_256:cat", options=HO),
 )
 # Configs that put the sections of several of these together, besides those that name them.
-SYSTEMS = ("glide", "glide_base_64:clip")
+SYSTEMS = ("glide", "glide_base_64:clip", "glide:clip")
 
 
 # ---- recognising -----------------------------------------------------------------------------------------------------
@@ -194,17 +171,17 @@ class Match(NamedTuple):
     Attributes:
       path: the file.
       tensors: {name: Tensor}, not read yet.
-      config: the config that its network is in, a plain dict.
-      section: the section of that which it is.
-      table: the map from the one to the other, which fits.
+      config: the config that its networks are in, a plain dict.
+      sections: {section of that: the map between the arrays and its parameters}; together they fit.
+      settings: {(section, field, field): value} of what it says besides: statistics of embeddings.
       also: another file, whose arrays are among these.
     """
 
     path: pathlib.Path
     tensors: Mapping[str, Any]
     config: dict[str, Any]
-    section: str
-    table: Table
+    sections: Mapping[str, Table]
+    settings: Mapping[tuple[str, ...], Any] = {}
     also: pathlib.Path | None = None
 
 
@@ -272,7 +249,9 @@ def match(
     path = pathlib.Path(path)
     file = _file_in(path)
     if path.is_dir() and model is None and file.stem == pathlib.Path(UNET).stem:
-        return _match_folder(path, which)
+        settings = _json(file.parent / "config.json")
+        if settings.get("_class_name") != "PriorTransformer":
+            return _match_folder(path, settings, which)
     tensors = weights.read(file, which)
     family = next((name for name, f in FAMILIES.items() if _bears_marks(f.rename(tensors), f)), None)
     if family is None:
@@ -281,12 +260,123 @@ def match(
     try:
         row, known = _named(tensors, model, family, attention_order) if model else recognise(tensors, path.stem)
     except UserError as error:
+        if not model and (found := _other_clip(file, tensors, family)):
+            return found
         what, _, advice = str(error).partition("; ")
         raise UserError(f"{what}; {file}; {advice}") from None
-    if not row.config:
-        raise UserError(f"this is {row.file} of {row.place}, and no config is of it yet; {file}; pass --model=CONFIG")
-    found = Match(file, tensors, _config(row.config), row.section, known)
+    if row.architecture:
+        name = row.name if row.place == CLIPS else row.place.rpartition("/")[2]
+        return Match(file, tensors, _clip_config(name, row.architecture()), {"clip": known})
+    config = _config(row.config)
+    sections, settings = _parts(tensors, family, config, row.section, known)
+    found = Match(file, tensors, config, sections, settings)
     return _with_other_encoder(found, row) if family == "glide-clip" else found
+
+
+def match_all(
+    files: Sequence[str | os.PathLike[str]], *, model: str | None = None, which: str | None = None, **options: Any
+) -> list[Match]:
+    """`match` of files that make one system.
+
+    Args:
+      files: the files. Of the two of GLIDE's CLIP one is enough.
+      model: the config of the first one, and of others that are not recognised by themselves.
+      which: see `match`.
+      **options: see `match`.
+
+    Raises:
+      UserError: see `match`; or two files are of one section.
+    """
+    found: list[Match] = []
+    for file in files:
+        if pathlib.Path(file) in [m.also for m in found]:
+            continue
+        m = match(file, model=model, which=which, **options) if not found else None
+        for name in (None, model) if m is None else ():
+            try:
+                m = match(file, model=name, which=which, **options)
+                break
+            except UserError:
+                if name == model:
+                    raise
+        for section in m.sections:
+            if any(section in other.sections for other in found):
+                raise UserError(f"{m.path} is one more {section}; {files[0]}; pass one file for each part of a system")
+        found.append(m)
+    return found
+
+
+def _parts(
+    tensors: Mapping[str, Any], family: str, config: Mapping[str, Any], section: str, known: Table
+) -> tuple[dict[str, Table], dict[tuple[str, ...], Any]]:
+    """What a file holds, by the sections of a config: tables, and settings."""
+    parts = FAMILIES[family].parts
+    if not parts:
+        return {section: known}, {}
+    sections, settings = {}, {}
+    for top, field in parts.items():
+        owner = config[section][field] if field else section
+        entries = [entry._replace(path=entry.path[1:]) for entry in known if entry.path[0] == top]
+        if top == "stats":
+            arrays = {entry.path[0]: parameter(tensors, entry) for entry in entries}
+            settings |= {(owner, "embedding", name): a.tolist() for name, a in karlo.stats(**arrays).items()}
+        else:
+            sections[owner] = entries
+    return sections, settings
+
+
+def _other_clip(file: pathlib.Path, tensors: Mapping[str, Any], family: str) -> Match | None:
+    """A CLIP of a size that OpenAI did not publish, as its arrays or the config.json beside it describe it."""
+    if family not in ("openai-clip", "transformers"):
+        return None
+    beside, settings = file.with_name("config.json"), {}
+    if family == "transformers":
+        if not beside.exists():
+            return None
+        settings = _json(beside)
+    try:
+        hf = family == "transformers"
+        architecture = clip.transformers_config(settings) if hf else clip.openai_config(tensors)
+        known = _table(family, architecture.build(), architecture.shape)
+        name = file.absolute().parent.name if hf else file.stem
+        config = _clip_config(_name(name) or "clip", architecture)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}; {file}; convert another model") from error
+    if complaint := misfit(weights.shapes(tensors), known):
+        raise UserError(
+            f"the weights are not those of their sizes: {complaint.replace('; ', ', ')}; {file}; download it again"
+        )
+    return Match(file, tensors, config, {"clip": known})
+
+
+def _name(text: str) -> str:
+    """A text as the name of a config: '' if nothing is left of it."""
+    return re.sub(r"[^\w.+-]", "_", text).lstrip("_.+-")
+
+
+def _clip_config(name: str, architecture: Architecture) -> dict[str, Any]:
+    """A config of one section, the CLIP of an architecture.
+
+    Raises:
+      ValueError: a config has no field for one of its options.
+    """
+    config = configs.config_defaults(name, stages=("clip",))
+    section, net = config.clip, architecture.net
+    section.shape, section.takes = architecture.shape, ("text",)
+    section.text.update(tokenizer="clip", length=net["text"]["length"])
+    section.net.update(name="clip", features=net["features"], activation=net["activation"])
+    for tower in ("image", "text"):
+        options = net[tower]
+        if options.get("hidden", 0) not in (0, 4 * options["width"]):
+            refuse("CLIPModel", "intermediate_size", options["hidden"], f"supported: {4 * options['width']}")
+        section.net[tower].update({key: options[key] for key in ("width", "layers", "heads")})
+    section.net.image.update(patch=net["image"]["patch"], noised=False)
+    section.net.text.vocab_size = net["text"]["vocab_size"]
+    config.eval.num = 0
+    configs.validate(config)
+    return configs.to_dict(config)
 
 
 def _bears_marks(tensors: Mapping[str, Any], family: Family) -> bool:
@@ -300,24 +390,32 @@ def _with_other_encoder(found: Match, row: Published) -> Match:
     file = found.path.with_name(name)
     if not file.exists():
         raise UserError(f"this is one encoder of a CLIP, and {name} is not beside it; {found.path}; put both there")
-    network = stages.build(found.config, found.section).net
+    network = stages.build(found.config, row.section).net
     tensors = {mine: found.tensors, other: weights.read(file)}
     if complaint := misfit(weights.shapes(tensors[other]), clip.table(getattr(network, other), "glide")):
         what = f"this is not the {other} encoder that goes with {found.path.name}: {complaint.replace('; ', ', ')}"
         raise UserError(f"{what}; {file}; download it again")
-    return found._replace(tensors=clip.glide_arrays(**tensors), table=clip.glide_table(network), also=file)
+    sections = {row.section: clip.glide_table(network)}
+    return found._replace(tensors=clip.glide_arrays(**tensors), sections=sections, also=file)
 
 
 def _named(tensors: Mapping[str, Any], model: str, family: str, attention_order: str) -> tuple[Published, Table]:
     """The published file of that name or config, or else the section of a config, that arrays fit."""
     rows = [row for row in PUBLISHED if model in (row.file, row.name, row.place, row.config)]
-    if not rows:
-        tried = itertools.product(configs.trained_sections(_config(model)), CHOICES.get(family, [{}]))
-        rows = [Published("", "", family, 0, model, section, options) for section, options in tried]
+    of_family = [row for row in rows if row.family == family]
+    if not of_family and (not rows or model in [row.config for row in rows]):
+        ways = itertools.product(configs.trained_sections(_config(model)), CHOICES.get(family, [{}]))
+        rows = [Published("", "", family, 0, model, section, options) for section, options in ways]
+    rows = of_family or rows
     if attention_order and family == "openai":
         rows = [row._replace(options={"attention_order": attention_order}) for row in rows]
     shapes = weights.shapes(tensors)
-    row, known, complaint = min((_tried(row, shapes) for row in rows), key=lambda found: len(found[2]))
+    tried = []
+    for row in rows:
+        tried.append(_tried(row, shapes))
+        if not tried[-1][2]:
+            break
+    row, known, complaint = min(tried, key=lambda found: len(found[2]))
     if complaint:
         raise UserError(
             f"the weights do not fit {model}: {complaint.replace('; ', ', ')}; pass the --model they are of"
@@ -377,11 +475,11 @@ PREDICTS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
 VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
 
 
-def _match_folder(path: pathlib.Path, which: str | None) -> Match:
+def _match_folder(path: pathlib.Path, model: Mapping[str, Any], which: str | None) -> Match:
     """A `UNet2DModel` of diffusers with its config.json, and the settings of its scheduler if they are there."""
     file = _file_in(path)
-    config = configs.config_defaults(re.sub(r"[^\w.+-]", "_", path.resolve().name).lstrip("_.+-") or "diffusers")
-    stage, model = config.base, _json(file.parent / "config.json")
+    config = configs.config_defaults(_name(path.resolve().name) or "diffusers")
+    stage = config.base
     if model.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UserError(f"this is a {model['_class_name']}; {file.parent}; only a UNet2DModel can be converted")
     scheduler = file.parent / "scheduler_config.json"
@@ -405,7 +503,7 @@ def _match_folder(path: pathlib.Path, which: str | None) -> Match:
     tensors = diffusers.modern_names(weights.read(file, which))
     if complaint := misfit(weights.shapes(tensors), found):
         raise UserError(f"the weights do not fit the config.json beside them: {complaint}; {file}; download both again")
-    return Match(file, tensors, configs.to_dict(config), "base", found)
+    return Match(file, tensors, configs.to_dict(config), {"base": found})
 
 
 def _set_scheduler(stage: Any, settings: Mapping[str, Any]) -> None:
@@ -455,31 +553,76 @@ def load(
 
     Args:
       files: one file, or several that make one system, such as a model and the classifier that guides it.
-      config: the name of the config that the first one is of; by default it is recognised.
+      config: the name of the config that the first one is of, and others that are not recognised by themselves; by
+        default it is recognised.
 
     Returns:
       (config, {section: parameters}, {section: training step}). Stages whose file is not given are left out of the
       config, and so is guidance by a classifier whose file is not given.
 
     Raises:
-      UserError: a file cannot be read, is not recognised or fits nothing; two files are of one section.
+      UserError: a file cannot be read, is not recognised or fits nothing; two files are of one section; a stage reads
+        captions or pictures by a CLIP whose file is not given.
     """
     files = files if isinstance(files, list | tuple) else [files]
-    found: list[Match] = []
-    for file in files:
-        if pathlib.Path(file) not in [m.also for m in found]:
-            found.append(match(file, model=os.fspath(config) if config and not found else None))
-    for i, m in enumerate(found):
-        if any(m.section == other.section for other in found[:i]):
-            raise UserError(f"{m.path} is one more {m.section}; {files[0]}; pass one file for each part of a system")
-    names = [m.section for m in found]
-    whole = _holding(names, [m.config for m in found])
+    found = match_all(files, model=os.fspath(config) if config else None)
+    names = [name for m in found for name in m.sections]
+    whole = _together(found, [], {}, [m.config for m in found])
     if whole is None:
         raise UserError(f"no config has all of {', '.join(names)}; {files[0]}; load the files one by one")
+    for name in names:
+        if (needed := whole[name]["clip"]) and needed not in names:
+            raise UserError(f"{name} reads captions or pictures by a CLIP, {needed}; {files[0]}; pass its file too")
+    params = {
+        name: traverse_util.unflatten_dict({entry.path: parameter(m.tensors, entry) for entry in table})
+        for m in found
+        for name, table in m.sections.items()
+    }
+    return whole, params, {name: training_step(m, name) for m in found for name in m.sections}
+
+
+def _together(
+    found: Sequence[Match],
+    present: Sequence[str],
+    settings: Mapping[tuple[str, ...], Any],
+    whole: Sequence[dict[str, Any]],
+) -> dict[str, Any] | None:
+    """The config of what some files hold, and of sections that are there already; None if there is no such system.
+
+    Args:
+      found: the files.
+      present: the other sections.
+      settings: see `Match`; those that are there already.
+      whole: configs to take if they have all sections, before those of `SYSTEMS`.
+
+    Raises:
+      UserError: the network of a section differs in that system; statistics alone.
+    """
+    names = [*present, *(name for m in found for name in m.sections)]
+    config = _holding(names, whole)
+    if config is None:
+        return None
     for m in found:
-        _check_same_network(m, whole)
-    params = {m.section: to_flax(m.tensors, m.table) for m in found}
-    return only(whole, names), params, {m.section: training_step(m) for m in found}
+        _check_same_networks(m, config)
+        settings = {**settings, **m.settings}
+    if not names:
+        raise UserError(f"these are statistics of embeddings alone; {found[0].path}; give the files of the models too")
+    return _with_settings(only(config, names), settings)
+
+
+def _with_settings(config: Mapping[str, Any], settings: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The config with these values of `Match.settings`; those of sections that it has not are left out."""
+    config = copy.deepcopy(dict(config))
+    for (section, *path, leaf), value in settings.items():
+        if section in config:
+            functools.reduce(dict.__getitem__, path, config[section])[leaf] = value
+    return config
+
+
+def _settings(config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """What conversion may have set in a config."""
+    sections = {name: c for name, c in config.items() if isinstance(c, Mapping) and "embedding" in c}
+    return {(name, "embedding", key): c["embedding"][key] for name, c in sections.items() for key in ("mean", "std")}
 
 
 def _holding(sections: Sequence[str], whole: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -490,19 +633,23 @@ def _holding(sections: Sequence[str], whole: Sequence[dict[str, Any]]) -> dict[s
     return None
 
 
-def _check_same_network(m: Match, config: Mapping[str, Any]) -> None:
-    """Raises UserError unless the section of a config has the network of that of the match."""
-    for field in ("shape", "takes", "num_classes", "net", "schedule", "text"):
-        if m.config[m.section][field] != config[m.section][field]:
+def _check_same_networks(m: Match, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless the sections of a config have the networks of those of the match."""
+    for section, field in itertools.product(m.sections, ("shape", "takes", "num_classes", "net", "schedule", "text")):
+        if m.config[section][field] != config[section][field]:
             raise UserError(
-                f"this is the {m.section} of {m.config['name']}, which differs from that of {config['name']} in "
+                f"this is the {section} of {m.config['name']}, which differs from that of {config['name']} in "
                 f"{field}; {m.path}; keep the two apart"
             )
 
 
 def only(config: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
-    """A config without the sections that are not named, and without guidance by a classifier among them."""
-    left_out = {*configs.trained_sections(config)} - {*sections}
+    """A config without the sections that are not named, and without guidance by a classifier among them.
+
+    A CLIP whose embeddings a named one reads stays, because without it nothing can be said of that.
+    """
+    needed = {config[name]["clip"] for name in sections}
+    left_out = {*configs.trained_sections(config)} - {*sections} - needed
     config = {key: value for key, value in config.items() if key not in left_out}
     config["stages"] = [name for name in config["stages"] if name in sections]
     for name in sections:
@@ -520,20 +667,20 @@ def only(config: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def training_step(m: Match) -> int:
-    """How long a file was trained: as its name says ('ema_0.9999_540000.pt'), else as its config does."""
+def training_step(m: Match, section: str) -> int:
+    """How long a section was trained: as the file's name says ('ema_0.9999_540000.pt'), else as its config does."""
     said = re.search(r"(?:model|ema_[\d.]+_)(\d{6,})$", m.path.stem)
-    return int(said[1]) if said else int(m.config[m.section]["train"]["steps"])
+    return int(said[1]) if said else int(m.config[section]["train"]["steps"])
 
 
-def save(m: Match, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Writes a file's parameters to a workdir, as training would have left them, and returns the workdir's config.
+def save(found: Match | Sequence[Match], workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes the parameters in files to a workdir, as training would have left them, and returns the workdir's config.
 
     What a published file holds counts as the average of the parameters, where the config has one: none of them says
     whether it does. More files may follow into the same workdir, such as that of the classifier.
 
     Args:
-      m: what `match` found.
+      found: what `match` or `match_all` found.
       workdir: a new folder, or one that this function wrote.
 
     Raises:
@@ -541,53 +688,67 @@ def save(m: Match, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       RunError: it cannot be written.
     """
     workdir = pathlib.Path(workdir)
-    config = _system(m, workdir)
+    found = [found] if isinstance(found, Match) else list(found)
+    config = _system(found, workdir)
     configs.validate(configs.from_dict(config))
-    section = config[m.section]
-    with checkpoint.lock(workdir), checkpoint.Checkpoints(workdir / m.section / "checkpoints", keep=1) as checkpoints:
-        params = _unread(m)
-        decay = next((str(d) for d in section["train"]["ema"]), None)
-        state, ema = ({}, {decay: params}) if decay else ({"params": params}, {})
-        checkpoints.save(training_step(m), state, ema=ema, meta={"stage": section, "seed": config["seed"]})
-        checkpoints.wait()
+    with checkpoint.lock(workdir):
+        for m in found:
+            for name, table in m.sections.items():
+                _save_section(m, name, table, config, workdir)
         text = json.dumps(config, indent=2) + "\n"
         images.write_atomically(workdir / "config.json", lambda file: file.write(text.encode()))
     return config
 
 
-def _unread(m: Match) -> dict[str, Any]:
+def _save_section(m: Match, name: str, table: Table, config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    params = _unread(m.tensors, table)
+    decay = next((str(d) for d in config[name]["train"]["ema"]), None)
+    state, ema = ({}, {decay: params}) if decay else ({"params": params}, {})
+    with checkpoint.Checkpoints(workdir / name / "checkpoints", keep=1) as checkpoints:
+        meta = {"stage": config[name], "seed": config["seed"]}
+        checkpoints.save(training_step(m, name), state, ema=ema, meta=meta)
+        checkpoints.wait()
+
+
+def _unread(tensors: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """The tree of a file's parameters, each read and converted when it is written: never all of them at once."""
     return traverse_util.unflatten_dict(
         {
             entry.path: checkpoint.LazyArray(
-                entry.shape, np.dtype(np.float32), functools.partial(parameter, m.tensors, entry)
+                entry.shape, np.dtype(np.float32), functools.partial(parameter, tensors, entry)
             )
-            for entry in m.table
+            for entry in table
         }
     )
 
 
-def _system(m: Match, workdir: pathlib.Path) -> dict[str, Any]:
-    """The config of a workdir once `m` is in it."""
-    if (workdir / m.section / "checkpoints").exists():
-        raise UserError(f"there are parameters of {m.section} already; {workdir}; choose another workdir")
+def _system(found: Sequence[Match], workdir: pathlib.Path) -> dict[str, Any]:
+    """The config of a workdir once these files are in it."""
+    wanted = [name for m in found for name in m.sections]
+    for name in wanted:
+        if (workdir / name / "checkpoints").exists():
+            raise UserError(f"there are parameters of {name} already; {workdir}; choose another workdir")
     if not (workdir / "config.json").exists():
-        return only(m.config, [m.section])
+        config = _together(found, [], {}, [m.config for m in found])
+        if config is None:
+            raise UserError(f"no config has all of {', '.join(wanted)}; {workdir}; convert them into several workdirs")
+        return config
     there = configs.to_dict(configs.from_dict(_json(workdir / "config.json")))
-    present = list(configs.trained_sections(there))
-    names = dict.fromkeys([*(r.config for r in PUBLISHED), *SYSTEMS])
+    present = [name for name in there if (workdir / name / "checkpoints").exists()]
+    names = dict.fromkeys([*(r.config for r in PUBLISHED if r.config), *SYSTEMS])
     # a variant may have a name of its own
     systems = [_config(n) for n in names if there["name"] in (n.replace(":", "_"), n.partition(":")[0])]
+    systems += [m.config for m in found if m.config["name"] == there["name"]]
     whole = [system for system in systems if {*present} <= {*configs.trained_sections(system)}]
     # Only what this module wrote is written again: nothing that a user has set gets lost.
-    mine = [system for system in whole if only(system, present) == there]
-    system = _holding([*present, m.section], [*mine, m.config]) if mine else None
-    if system is not None:
-        _check_same_network(m, system)
-        return only(system, [*present, m.section])
+    settings = _settings(there)
+    mine = [system for system in whole if _with_settings(only(system, present), settings) == there]
+    config = _together(found, present, settings, [*mine, *(m.config for m in found)]) if mine else None
+    if config is not None:
+        return config
     raise UserError(
-        f"the workdir holds {there['name']}, which has no {m.section} like this one, or was edited; {workdir}; "
-        "choose another workdir"
+        f"the workdir holds {there['name']}, which has no {' or '.join(wanted)} like this one, or was edited; "
+        f"{workdir}; choose another workdir"
     )
 
 
@@ -604,8 +765,10 @@ def export(
 ) -> int:
     """Writes the parameters of one section of a workdir as .safetensors under PyTorch's names.
 
-    The names are those of openai/guided-diffusion, of openai/glide-text2im for networks that read text, of diffusers'
-    `UNet2DModel` for those of the DDPM paper, and of openai/CLIP for a CLIP, unless it is one of noisy pictures.
+    The names are those of openai/guided-diffusion; of openai/glide-text2im for networks that read text, and for a CLIP
+    of noisy pictures, whose two files are one here, with 'image.' and 'text.' before the names, and the log of the
+    scale as 'logit_scale'; of diffusers' `UNet2DModel` for networks of the DDPM paper; of openai/CLIP for a CLIP of
+    clean pictures; of karlo for priors and for what reads their embeddings.
 
     Args:
       workdir: what training or `save` wrote.
@@ -654,8 +817,10 @@ def export(
 
 def _family(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Whose names a network bears: those of the program that has such a network."""
-    if section["net"]["name"] == "clip":
-        return "openai-clip", {}
+    if configs.is_clip(section):
+        return "noised-clip" if section["net"]["image"]["noised"] else "openai-clip", {}
+    if {*configs.EMBEDDINGS} & {*section["takes"]}:
+        return "karlo", {}
     if "text" in section["takes"]:
         return "glide", {}
     return ("diffusers", HO) if section["net"]["sinusoid"] == "ho" else ("openai", {})

@@ -27,7 +27,7 @@ import numpy as np
 
 from diffax.errors import UserError
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors")
 
 # A pickle of 800 tensors has some 100 kB; it is held in memory, and scanned before it is run.
 _MAX_PICKLE = 2**23
@@ -152,6 +152,10 @@ def _contents(path: pathlib.Path) -> Any:
         start = file.read(64)
     if not start:
         raise _Refused("the file is empty")
+    # first, as the length of a header may begin with any byte, that of a pickle or of a web page too
+    braced = len(start) > 8 and start[8:9] == b"{"
+    if braced and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return _read_safetensors(path)
     text = start.lstrip().lower()
     if text.startswith(b"<"):
         raise _Refused("this is a web page, perhaps an error message; download the file itself")
@@ -161,7 +165,7 @@ def _contents(path: pathlib.Path) -> Any:
         return _read_zip(path)
     if start.startswith(b"\x80"):
         return _read_legacy(path)
-    if len(start) > 8 and start[8:9] == b"{":
+    if braced:
         return _read_safetensors(path)
     raise _Refused(f"this is none of {', '.join(SUFFIXES)}, it begins with {start[:8]!r}; pass another file")
 
@@ -170,7 +174,12 @@ def _contents(path: pathlib.Path) -> Any:
 
 
 def _state_dicts(contents: Any) -> dict[str, dict[str, Tensor]]:
-    """{place: state dict} of every mapping of names to tensors; the place of the outermost is ''."""
+    """{place: state dict} of every mapping of names to tensors; the place of the outermost is ''.
+
+    Of a file that is a list of tensors the names are '0', '1', ...
+    """
+    if isinstance(contents, list | tuple) and contents and all(isinstance(item, Tensor) for item in contents):
+        contents = {str(i): item for i, item in enumerate(contents)}
     found: dict[str, dict[str, Tensor]] = {}
     seen = set()
 

@@ -1,6 +1,7 @@
 """Datasets and batches: TFDS builders and folders, read with Grain, without TensorFlow."""
 
 from diffax.data import image_ops, shapes
+from diffax.data.embeddings import embedded, with_embeddings, write_embeddings
 from diffax.data.load import has_held_out, held_out, load_source, names
 from diffax.data.pipeline import batches, examples
 from diffax.data.source import Source, can_caption, captioned
@@ -10,6 +11,7 @@ __all__ = [
     "batches",
     "can_caption",
     "captioned",
+    "embedded",
     "examples",
     "has_held_out",
     "held_out",
@@ -17,4 +19,6 @@ __all__ = [
     "load_source",
     "names",
     "shapes",
+    "with_embeddings",
+    "write_embeddings",
 ]

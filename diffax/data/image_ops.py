@@ -8,6 +8,7 @@ import io
 import math
 import re
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -168,9 +169,138 @@ def smaller(pixels: np.ndarray, factor: int, *, jpeg_quality: int = 0) -> np.nda
     height, width, channels = pixels.shape
     squares = pixels.reshape(height // factor, factor, width // factor, factor, channels)
     small = np.round(squares.mean((1, 3))).astype(np.uint8)
-    if not jpeg_quality:
-        return small
+    return as_jpeg(small, jpeg_quality) if jpeg_quality else small
+
+
+def as_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """A uint8 image [h, w, 1 or 3] as it comes back from a JPEG file of this quality, 1 to 100."""
     stream = io.BytesIO()
-    _to_pil(small).save(stream, "JPEG", quality=jpeg_quality)
+    _to_pil(pixels).save(stream, "JPEG", quality=quality)
     stream.seek(0)
-    return _to_array(Image.open(stream), channels)
+    return _to_array(Image.open(stream), pixels.shape[-1])
+
+
+# ---- the degradations of BSRGAN --------------------------------------------------------------------------------------
+
+
+class Degradation(NamedTuple):
+    """How strong they are: the full ones, and the light ones of the latent diffusion models' code.
+
+    Attributes:
+      blurs: how many.
+      blur_scale: of their standard deviations.
+      half_sizes: fewest and most pixels from the middle of a kernel to its edge.
+      noise: least and most, of 255.
+      jpeg: lowest and highest quality.
+    """
+
+    blurs: int = 2
+    blur_scale: float = 1.0
+    half_sizes: tuple[int, int] = (3, 12)
+    noise: tuple[int, int] = (2, 25)
+    jpeg: tuple[int, int] = (30, 95)
+
+
+DEGRADATIONS = {"bsr": Degradation(), "bsr_light": Degradation(1, 0.25, (2, 7), (1, 2), (80, 95))}
+
+
+def degrade(pixels: np.ndarray, factor: int, rng: np.random.Generator, how: Degradation) -> np.ndarray:
+    """The picture `factor` times smaller and made worse in an order drawn anew (BSRGAN, Zhang et al. 2021).
+
+    Blurs, a resize to a size drawn at random and one to the size wanted, noise and JPEG in any order (but that of the
+    two resizes), then JPEG once more. DALL-E 2 shows its second upsampler such pictures (section 2.1).
+
+    Args:
+      pixels: uint8 [h, w, 1 or 3], sides divisible by `factor`.
+      factor: how much smaller.
+      rng: draws all.
+      how: how strong.
+
+    Returns:
+      uint8 [h / factor, w / factor, c].
+    """
+    x = pixels.astype(np.float32) / 255
+    small = tuple(side // factor for side in pixels.shape[:2])
+    if factor == 4 and rng.random() < 0.25:
+        x, factor = _resize(x, tuple(side // 2 for side in x.shape[:2]), rng), 2
+
+    def jpeg(x):
+        return as_jpeg(_to_bytes(x), int(rng.integers(how.jpeg[0], how.jpeg[1] + 1))).astype(np.float32) / 255
+
+    def resize_somehow(x):
+        if rng.random() < 0.75:
+            scale = rng.uniform(1, 2 * factor)
+            return _resize(x, tuple(max(1, int(side / scale)) for side in x.shape[:2]), rng)
+        return convolve(x, gaussian(12, *[rng.uniform(0.1, 0.6 * factor)] * 2))[::factor, ::factor]
+
+    operations = [lambda x: _random_blur(x, factor, rng, how)] * how.blurs
+    operations += [resize_somehow, lambda x: _resize(x, small, rng), lambda x: _random_noise(x, rng, how)]
+    operations += [lambda x: jpeg(x) if rng.random() < 0.9 else x]
+    order = list(rng.permutation(len(operations)))
+    first, second = sorted((order.index(how.blurs), order.index(how.blurs + 1)))
+    order[first], order[second] = how.blurs, how.blurs + 1
+    for number in order:
+        x = operations[number](x)
+    return _to_bytes(jpeg(x))
+
+
+def _to_bytes(x: np.ndarray) -> np.ndarray:
+    return np.round(x.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _resize(x: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Floats [h, w, c] in another size, by the mean of areas or by interpolation that may alias, drawn at random."""
+    how, target = rng.integers(3), size[::-1]
+    scale = (x.shape[1] / target[0], 0, 0, 0, x.shape[0] / target[1], 0)
+    filters = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+
+    def plane(channel):
+        image = Image.fromarray(np.ascontiguousarray(channel))
+        if how == 2:
+            return image.resize(target, Image.Resampling.BOX)
+        return image.transform(target, Image.Transform.AFFINE, scale, filters[how])
+
+    return np.stack([np.asarray(plane(x[..., c])) for c in range(x.shape[-1])], -1)
+
+
+def gaussian(half_size: int, sigma_1: float, sigma_2: float, angle: float = 0.0) -> np.ndarray:
+    """A Gaussian kernel [2 half_size + 1] * 2 of these deviations along two axes, turned by an angle; its sum is 1."""
+    place = np.arange(-half_size, half_size + 1)
+    y, x = place[:, None], place[None]
+    along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    kernel = np.exp(-0.5 * ((along / max(sigma_1, 1e-3)) ** 2 + (across / max(sigma_2, 1e-3)) ** 2))
+    return kernel / kernel.sum()
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Floats [h, w, c] convolved with a kernel of odd sides, reflected at the edges."""
+    height, width = x.shape[:2]
+    pads = [side // 2 for side in kernel.shape]
+    wide = np.pad(x, [(pads[0],) * 2, (pads[1],) * 2, (0, 0)], mode="symmetric")
+    size = wide.shape[:2]
+    spectrum = np.fft.rfft2(wide, axes=(0, 1)) * np.fft.rfft2(kernel, size)[..., None]
+    full = np.fft.irfft2(spectrum, size, axes=(0, 1))
+    # what has wrapped around lies in the first rows and columns
+    return full[2 * pads[0] :, 2 * pads[1] :][:height, :width].astype(np.float32)
+
+
+def _random_blur(x: np.ndarray, factor: int, rng: np.random.Generator, how: Degradation) -> np.ndarray:
+    """Gaussian blur, in half of the cases with two different widths."""
+    half = int(rng.integers(how.half_sizes[0], how.half_sizes[1] + 1))
+    if rng.random() < 0.5:
+        # variances along the axes
+        sigmas = np.sqrt(rng.uniform(0, how.blur_scale * (4 + factor), 2))
+        return convolve(x, gaussian(half, *sigmas, rng.uniform(0, np.pi)))
+    return convolve(x, gaussian(half, *[how.blur_scale * rng.uniform(0, 2 + 0.2 * factor)] * 2))
+
+
+def _random_noise(x: np.ndarray, rng: np.random.Generator, how: Degradation) -> np.ndarray:
+    """Gaussian noise: of each channel (40%), of all together (40%), or correlated between them."""
+    level, kind, channels = rng.integers(how.noise[0], how.noise[1] + 1) / 255, rng.random(), x.shape[-1]
+    if kind < 0.4:
+        return x + level * rng.standard_normal(x.shape, np.float32)
+    if kind < 0.8:
+        return x + level * rng.standard_normal((*x.shape[:2], 1), np.float32)
+    turn, _ = np.linalg.qr(rng.standard_normal((channels, channels)))
+    root = np.sqrt(rng.random(channels))[:, None] * turn
+    return x + (level * rng.standard_normal(x.shape, np.float32) @ root).astype(np.float32)

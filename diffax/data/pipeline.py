@@ -62,13 +62,14 @@ def batches(
       start_step: the first batch wanted.
       keys: which of `source.keys` to yield; by default 'label' where there are labels.
       low_res: the `low_res` section of a stage: also yield the picture `factor` times smaller, as a JPEG of a quality
-        drawn from the range `jpeg` would show it.
+        drawn from the range `jpeg` would show it; or made worse as `degrade` says, then of a window of `crop` pixels if
+        there is one, as 'image' is too.
       tokenize: captions -> int32 [n, length] (see `diffax.tokenizer`): also yield them as 'text'. Data without captions
         are captioned by the names of their classes.
 
     Yields:
       'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, the record
-      read; the keys asked for, int32 (a caption: str objects); 'text': int32 [.., length].
+      read; the keys asked for, int32 (captions: str objects; 'image_embedding': float32); 'text': int32 [.., length].
 
     Raises:
       UserError: a batch that processes cannot share evenly, a key the data does not have, data that nothing captions.
@@ -90,7 +91,10 @@ def batches(
             )
     if data["crop"] not in ("center", "random"):
         raise UserError(f"unknown crop {data['crop']!r}; data.crop; use 'center' or 'random'")
-    height, width, _ = shape = tuple(shape)
+    height, width, channels = shape = tuple(shape)
+    degradation = image_ops.DEGRADATIONS.get(low_res.get("degrade")) if low_res else None
+    if degradation and low_res["crop"]:
+        shape = (low_res["crop"], low_res["crop"], channels)
     rows = batch_size // process_count
     order, augment, choose = _in_order, _center, _first
     if train:
@@ -113,8 +117,14 @@ def batches(
             record = record | {"caption": choose(record["caption"], position)}
         if not low_res:
             return record | {"image": pixels}
+        rng = np.random.default_rng((seed, position, 1))
+        if degradation:
+            # far more work than cutting a window, so that is cut before
+            top, left = (int(rng.integers(side - cut + 1)) for side, cut in zip(pixels.shape, shape[:2], strict=False))
+            pixels = pixels[top : top + shape[0], left : left + shape[1]]
+            return record | {"image": pixels, "low_res": image_ops.degrade(pixels, low_res["factor"], rng, degradation)}
         low, high = low_res["jpeg"][0], low_res["jpeg"][-1]
-        quality = int(np.random.default_rng((seed, position, 1)).integers(low, high + 1))
+        quality = int(rng.integers(low, high + 1))
         return record | {"image": pixels, "low_res": image_ops.smaller(pixels, low_res["factor"], jpeg_quality=quality)}
 
     end = _ENDLESS if train else -(-len(source) // batch_size)
@@ -227,6 +237,10 @@ class _Reader:
                 )
 
 
+# Of what a batch holds besides its pictures; the others are whole numbers.
+KINDS = {"caption": object, "captions": object, "image_embedding": np.float32}
+
+
 def _collate(records: Sequence[dict[str, Any]], shape, keys, tokenize) -> dict[str, np.ndarray]:
     batch = {"image": _floats([record["image"] for record in records], shape)}
     batch["index"] = np.array([record["index"] for record in records], np.int64)
@@ -237,7 +251,7 @@ def _collate(records: Sequence[dict[str, Any]], shape, keys, tokenize) -> dict[s
         batch["text"] = tokenize([record["caption"] for record in records])
     for key in keys:
         values = [record[key] for record in records]
-        batch[key] = np.array(values, object if key == "caption" else np.int32)
+        batch[key] = np.array(values, KINDS.get(key, np.int32))
     return batch
 
 

@@ -63,8 +63,8 @@ class Text(nn.Module):
         def positional(name: str) -> Array:
             return self.param(name, nn.initializers.normal(0.01), (self.length, self.width))
 
-        # deviations of CLIP's code (Radford et al. 2021); GLIDE's leaves them to chance
-        embed = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="token")
+        # N(0, 1), the default of the released code's layer
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(1.0), name="token")
         padded = text < 0
         h = embed(jnp.where(padded, self.vocab_size - 1, text)) + positional("position")
         if self.padding_embedding:
@@ -75,7 +75,8 @@ class Text(nn.Module):
         if self.final_norm:
             h = layer_norm(self.style, name="norm_out")(h)
         head = self.style._replace(dtype="float32")
-        return Context(vector=dense(head, self.features, name="proj")(h[:, -1]), sequence=h)
+        # zero: at first a caption says nothing, where at random it would be noise to the U-Net, which would unlearn it
+        return Context(vector=dense(head, self.features, zero=True, name="proj")(h[:, -1]), sequence=h)
 
     def example(self, z: Array) -> Array:
         return jnp.full((z.shape[0], self.length), self.null, jnp.int32)

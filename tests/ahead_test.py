@@ -1,0 +1,269 @@
+"""What compiled programs are said to need: the arithmetic by hand, and the command on the devices of the tests."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffax import ahead, errors, main, parallel, stages
+from diffax import config as configs
+from tests import micro
+
+OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used {} of {} hbm. "
+    "Exceeded hbm capacity by 1.00M."
+)
+
+
+def plain(name: str, *overrides: str) -> dict:
+    return configs.to_dict(configs.load(name, [f"--config.{o}" for o in overrides]))
+
+
+MICRO = plain("quickstart", *(o.removeprefix("config.") for o in micro.OVERRIDES))
+
+
+def test_roofline_is_the_slower_of_the_two():
+    """5.13 TFLOP and 74.5 GB on a v5e: 26 ms of arithmetic, 91 ms of traffic."""
+    v5e = ahead.CHIPS["TPU v5 lite"]
+    seconds, bound = ahead.roofline(5.13e12, 74.5e9, v5e)
+    assert bound == "memory traffic" and seconds == pytest.approx(0.090965, rel=1e-4)
+    seconds, bound = ahead.roofline(5.13e12, 7.45e9, v5e)
+    assert bound == "arithmetic" and seconds == pytest.approx(0.026041, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, kind, dims",
+    [
+        ("v5e:4x4", "v5e", (4, 4)),
+        ("v6e:16x16", "v6e", (16, 16)),
+        ("v5p:2x2x4", "v5p", (2, 2, 4)),
+        ("v4:2x2x1", "v4", (2, 2, 1)),
+    ],
+)
+def test_topologies_are_read(name, kind, dims):
+    assert parallel.parse_topology(name) == (kind, dims)
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "v5e:4x-4", "v9:4x4", "4x4", "v5e:4x4 "]
+)
+def test_other_topologies_are_refused(name):
+    with pytest.raises(errors.UserError, match="--topology; kinds are v4, v5e, v5p, v6e, and it is written as"):
+        parallel.parse_topology(name)
+
+
+GIB = 2**30
+# 5 GiB of state and 1 of gradients on 4 devices of 16, in one microbatch of 8
+NEED = ahead.Need(5 * GIB, GIB, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
+
+
+def test_remedies_are_those_that_suffice_alone():
+    """With gradients of two microbatches kept: 5 + 2 + 20 / 4 = 12 fits, 5 + 2 + 20 / 2 = 17 does not."""
+    found = ahead.remedies(NEED, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
+    # remat 5 + 1 + 5; bfloat16 5 + 1 + 10 just fits; fsdp 6 / 4 + 20 does not
+    assert found == [{"remat": True}, {"bfloat16": True}, {"accumulate": 4}]
+
+
+def test_remedies_are_combined_where_none_suffices():
+    need = NEED._replace(state=20 * GIB, activations=24 * GIB)
+    # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept
+    found = ahead.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
+    assert found == [{"remat": True, "fsdp": True}, {"fsdp": True, "accumulate": 4}]
+    assert ahead.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
+
+
+def test_remedies_go_on_from_the_microbatches_that_there_are():
+    need = NEED._replace(accumulate=2, activations=18 * GIB)
+    assert ahead.remedies(need, {}) == [{"accumulate": 4}]
+    assert ahead.as_flags("base", {"fsdp": True, "accumulate": 4}) == (
+        "--config.parallel=fsdp --config.base.train.accumulate=4"
+    )
+
+
+def test_what_the_compiler_says_is_read():
+    """Both of libtpu's messages; anything else is no matter of memory."""
+    assert ahead.needed_bytes(OUT_OF_MEMORY.format("23.50G", "15.75G")) == {"total": 23.5 * GIB, "limit": 15.75 * GIB}
+    other = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (44.73G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert ahead.needed_bytes(other) == {"temporary": 44.73 * GIB, "limit": 15.75 * GIB}
+    assert ahead.needed_bytes("INVALID_ARGUMENT: no") is None
+
+
+def test_bytes_of_a_device():
+    where = parallel.layout("fsdp")
+    tree = {"a": jax.ShapeDtypeStruct((8, 3), jnp.float32), "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
+    assert ahead.tree_bytes(tree) == 8 * 3 * 4 + 6
+    assert (
+        ahead.device_bytes(parallel.abstract(where, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)))
+        == 30
+    )
+    assert ahead.tree_bytes(jax.eval_shape(lambda: jax.random.key(0))) == 8
+
+
+def test_changes_that_are_made_already_are_not_proposed():
+    net = MICRO["base"]["net"] | {"remat": "blocks", "dtype": "bfloat16"}
+    assert ahead.open_savings({**MICRO, "base": {**MICRO["base"], "net": net}}, "base") == {"fsdp": 1.0}
+
+
+@pytest.mark.parametrize("section", ["clip", "prior", "up"])
+def test_objectives_take_the_example_batches(section):
+    """Of every kind of model; traced only."""
+    config = plain("dalle2:tiny")
+    model = stages.build(config, section)
+    objective = stages.objective(model)
+    params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    batch = ahead.training_batch(model, config, 2)
+    loss, *_ = jax.eval_shape(
+        lambda *a: objective.loss(*a, jnp.arange(2), 2), params, objective.init_extra(), batch, keys
+    )
+    assert loss.shape == (2,)
+
+
+@pytest.mark.parametrize("section", ["decoder", "up"])
+def test_samplers_take_the_example_conditions(section):
+    """Each stage's alone, with its conditions and its CLIP's parameters."""
+    config = plain("dalle2:tiny", "sample.batch_size=6")
+    lowered, n, _ = ahead.lower_sample(config, section, None)
+    assert n == 8, "filled up to two on each device"
+    (out,) = jax.tree.leaves(lowered.out_info)
+    assert out.shape == (4, 2, *config[section]["shape"])
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def compile_micro(workdir, *more):
+    return main.run(micro.flags(workdir, "--mode=compile", *more))
+
+
+def reports(workdir):
+    return [json.loads(path.read_text()) for path in sorted((workdir / "ahead").glob("*.json"))]
+
+
+def test_train_step_and_sampler_are_compiled_and_remembered(tmp_path, capsys, monkeypatch):
+    assert compile_micro(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert (
+        "the train step of quickstart.base for 4 x cpu, pmap, batch 8" in said
+        and "the sampler of quickstart.base" in said
+    )
+    sample, train_ = reports(tmp_path)
+    assert (train_["program"], sample["program"]) == ("train", "sample")
+    for found in (train_, sample):
+        assert found["fits"] is None and "seconds" not in found, "nobody says what a CPU can do"
+        assert found["total"] == sum(found[k] for k in ("arguments", "outputs", "temporary", "code")) - found["aliased"]
+        assert found["flops"] > 0 and found["accessed"] > 0
+    batch = 2 * (8 * 8 + 1) * 4  # two pictures and labels on each device
+    assert train_["arguments"] == pytest.approx(train_["state"] + batch, abs=64)
+    assert train_["aliased"] == pytest.approx(train_["state"], rel=0.01), "the state is not updated in place"
+    assert sample["loops"] == sample["steps"] == 5 and sample["batch_size"] == 8
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled again"))
+    assert compile_micro(tmp_path) == 0
+    assert capsys.readouterr().out.count("delete it to compile again") == 2
+    lines = (tmp_path / "ahead" / "report.md").read_text().splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+
+
+def test_a_program_that_does_not_fit_is_told_what_would(tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY.format("2.00M", "1.50M"))
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    assert compile_micro(tmp_path, "--program=train") == 0
+    said = capsys.readouterr().out
+    assert "does not fit: 2.0 MiB of 1.5 MiB on each device" in said
+    assert "--config.base.net.remat=blocks" in said
+    (found,) = reports(tmp_path)
+    # of what the gradient keeps, by tracing it: inputs of blocks alone, and the same in half as many bytes
+    shares = found["savings"]
+    assert 0.05 < shares["remat"] < 0.5 and 0.4 < shares["bfloat16"] < 1 and shares["fsdp"] == 1
+    assert found["fits"] is False and "**does not fit**" in (tmp_path / "ahead" / "report.md").read_text()
+
+
+ABOUT = {"program": "train", "config": "c", "section": "base", "kind": "toy", "count": 2, "platform": "gpu"}
+
+
+def test_what_else_the_compiler_says_ends_the_run():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    with pytest.raises(
+        errors.RunError, match="XLA cannot compile the train step of c.base for 2 x toy: INTERNAL: no; "
+    ):
+        ahead._compiled(Lowered(), ABOUT, held=0, loops=1)
+
+
+def test_a_cost_is_told_with_a_known_chip(monkeypatch):
+    """10 GFLOP and 1 GB in each of 3 microbatches, 100 steps of 30 pictures, on a chip of 10 TFLOP/s and 1 TB/s."""
+    monkeypatch.setitem(ahead.CHIPS, "toy", ahead.Chip(GIB, 1e13, 1e12))
+
+    class Compiled:
+        def memory_analysis(self):
+            names = ("argument", "output", "alias", "temp", "generated_code")
+            sizes = dict(zip(names, (400, 300, 200, 50, 5), strict=True))
+            return type("Stats", (), {f"{name}_size_in_bytes": size for name, size in sizes.items()})
+
+        def cost_analysis(self):
+            return {"flops": 1e10, "bytes accessed": 1e9, "optimal_seconds": -754.0}
+
+    class Lowered:
+        def compile(self):
+            return Compiled()
+
+    found = ahead._compiled(Lowered(), ABOUT, held=0, loops=3, outside=0.2e9)
+    assert found["total"] == 555 and found["fits"] is True
+    assert found["accessed"] == pytest.approx(0.2e9 + 3 * 0.8e9), "what is outside of the loop is not multiplied"
+    assert found["seconds"] == pytest.approx(3e-3) and found["bound"] == "arithmetic"
+    more = {"parallel": "pmap", "dtype": "bfloat16", "remat": "none", "topology": "", "batch_size": 30, "steps": 100}
+    row = ABOUT | found | more | {"accumulate": 3, "images_per_second": 1e4, "days": 3e-3 * 100 / 86400}
+    said = ahead.describe(row)
+    assert "batch 30 in 3 microbatches" in said and "30.0 GFLOP and 2.60 GB accessed" in said
+    assert "3.0 ms, bound by arithmetic, 100 % of the peak; 10,000.0 images/s" in said and "-754" not in said
+    assert "| 3 ms, arithmetic | 10,000 | 0.0 |" in ahead.table([row])
+
+
+def test_what_a_loop_holds_is_counted_once():
+    """The reason for multiplying by its turns."""
+    flops = []
+    for turns in (2, 16):
+
+        def repeat(x, turns=turns):
+            return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=turns)[0]
+
+        compiled = jax.jit(repeat).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
+        flops.append(ahead.measure(compiled)["flops"])
+    assert flops == pytest.approx([2 * 64**3] * 2, rel=0.01)
+
+
+def test_without_libtpu_one_line_says_so(tmp_path, capsys, monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(parallel.topologies, "get_topology_desc", missing)
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, "1")
+    assert compile_micro(tmp_path, "--topology=v5e:4x4") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "libtpu is not installed" in said and "pip install 'diffax[tpu]'" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--topology=v5e:4x4x4"], "there is no TPU slice 'v5e:4x4x4'"),
+        (["--program=steps"], "unknown --program=steps"),
+        (["--topology=v5e:4x4", "--mode=train"], "pass --mode=compile with it"),
+    ],
+)
+def test_bad_flags(tmp_path, capsys, monkeypatch, flags, message):
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, "1")
+    assert compile_micro(tmp_path, *flags) == 2
+    assert message in capsys.readouterr().err
