@@ -377,7 +377,7 @@ def test_saved_samples_are_enlarged(cascade, tmp_path):
     assert Image.open(tmp_path / "five.png").size[0] < Image.open(tmp_path / "twelve.png").size[0]
 
 
-@pytest.mark.parametrize("which", ["cascade", "alone"])
+@pytest.mark.parametrize("which", ["cascade", pytest.param("alone", marks=pytest.mark.slow)])
 def test_a_photo_is_enlarged(which, photo, request):
     """By the last stage, which the one that is trained alone also is; a model of grey pictures makes it grey."""
     workdir, mode = request.getfixturevalue(which), {"cascade": "RGB", "alone": "L"}[which]

@@ -17,7 +17,17 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 )
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
 from diffax import main  # noqa: E402
 
 # So that a command run inside the tests computes exactly what it computes as a process of its own.
 main.set_cpu_flags()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees the programs of a file of tests behind it: each takes memory maps, and a process has 65,530 at most."""
+    yield
+    jax.clear_caches()

@@ -134,6 +134,7 @@ def run(systems, monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_scores_of_glide(run, tmp_path, capsys):
     found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=glide")
     rows = {row["pictures"]: row for row in found["inpaint"]}

@@ -58,7 +58,7 @@ def test_a_classifier_is_trained_beside_its_model(steered):
     assert not (steered / "classifier" / "samples").exists()
 
 
-@pytest.mark.parametrize("which", ["steered", "free"])
+@pytest.mark.parametrize("which", ["steered", pytest.param("free", marks=pytest.mark.slow)])
 def test_evaluate_sweeps_guidance_samplers_and_steps(which, request, capsys):
     workdir = request.getfixturevalue(which)
     assert main.run([f"--workdir={workdir}", "--mode=evaluate", "--config.eval.steps=5,3"]) == 0

@@ -25,8 +25,9 @@ def test_svc_knows_digits():
     assert np.mean(judge.classify(noise) == test["label"]) < 0.3
 
 
+@pytest.mark.slow
 def test_network_knows_the_colour_of_a_shape_wherever_it_stands():
-    of = section("cfg_imagenet_128:tiny", "config.base.shape=8,8,3")
+    of = section("cfg_imagenet_128:tiny")
     judge = judges.network(of, steps=60)
     test = data.examples(data.held_out(of["data"], shape=of["shape"]), of["data"], shape=of["shape"], limit=70)
     assert judge.accuracy > 0.5, "of eight colours"

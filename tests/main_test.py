@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_falls_back_and_is_named(trained, tmp_path, capfd):
     chex.assert_trees_all_equal(ema(trained), ema(tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("loss", ["hybrid", "vlb"])
+@pytest.mark.parametrize("loss", [pytest.param("hybrid", marks=pytest.mark.slow), "vlb"])
 def test_improved_ddpm_trains(tmp_path, loss):
     flags = micro.flags(
         tmp_path, f"config.base.loss.weight={40 if loss == 'vlb' else 0.04}", config=f"iddpm_cifar10:{loss},tiny"

@@ -128,7 +128,7 @@ def averages(workdir):
         return checkpoints.restore_ema()[:2]
 
 
-@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(one_process, tmp_path, mode):
     outputs = run_processes(2, tmp_path, mode)
     assert "".join(outputs).count("samples:") == 1, "one process draws"

@@ -31,10 +31,10 @@ def keys_of(n=4, seed=0):
 PARAMETERISATIONS = [
     ("eps", "fixed_large", "simple", "uniform"),
     ("x", "fixed_small", "simple", "stratified"),
-    ("v", "0.3", "simple", "uniform"),
+    pytest.param("v", "0.3", "simple", "uniform", marks=pytest.mark.slow),
     ("previous_x", "learned_range", "vlb", "loss_second_moment"),
     ("eps", "learned_range", "hybrid", "uniform"),
-    ("eps", "learned", "hybrid", "uniform"),
+    pytest.param("eps", "learned", "hybrid", "uniform", marks=pytest.mark.slow),
 ]
 
 
