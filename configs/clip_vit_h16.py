@@ -10,7 +10,7 @@ Command: python -m diffax.main --config=configs/clip_vit_h16.py
 
 from diffax.config import load, split_variant
 
-VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
+VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 
 
 def get_config(variant: str = ""):

@@ -62,7 +62,7 @@ def get_config(variant: str = ""):
         stage.net.update(channels=32, channel_mult=(1, 2, 2), attention=(2, 4), head_channels=16, remat="none")
         stage.predicts = "v"  # as the stages that enlarge, which do not learn their condition from eps in minutes
         stage.train.update(steps=5000, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.998,))
-        stage.train.text_rate = 0.05  # the transformer at 1e-4, as above
+        stage.train.text_rate = 0.05  # the transformer at 1e-4, see `train.optimizer`
         config.eval.update(num=500, batch_size=100, judge="captions", guidance=(0.0, 1.0, 2.0, 3.0, 5.0))
     if "clip" in variants:
         add_section(config, "clip", load("glide_clip:tiny" if "tiny" in variants else "glide_clip").clip)
