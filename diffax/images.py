@@ -143,16 +143,18 @@ def grid(
     labels = labels if labels and any(labels) else [None] * count
     font = ImageFont.load_default(size=10)
     lines = [_wrapped(label or "", font, width) for label in labels]
-    text = sum(font.getmetrics()) * max(map(len, lines))
+    line = sum(font.getmetrics())
+    text = [line * max(map(len, lines[i : i + columns])) for i in range(0, count, columns)]  # of each row
 
-    rows = -(-count // columns)
-    cell = (height + text + pad, width + pad)
-    sheet = np.full((rows * cell[0] + pad, columns * cell[1] + pad, 3), 255, np.uint8)
+    cells = np.cumsum([0, *(height + under + pad for under in text)])
+    sheet = np.full((cells[-1] + pad, columns * (width + pad) + pad, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = (i // columns) * cell[0] + pad, (i % columns) * cell[1] + pad
-        sheet[top : top + height, left : left + width] = image
+        row, column = divmod(i, columns)
+        top, left, right = cells[row] + pad, column * (width + pad) + pad, (column + 1) * (width + pad)
+        sheet[top : top + height, left:right] = image
         if lines[i]:
-            sheet[top + height : top + height + text, left : left + width] = _caption(lines[i], font, (width, text))
+            size = (width, text[row])
+            sheet[top + height : top + height + size[1], left:right] = _caption(lines[i], font, size)
     return sheet
 
 

@@ -212,11 +212,11 @@ class SampleFn:
         if len(keys) != n:
             raise UserError(f"{len(keys)} keys for {n} pictures; sample_fn; pass one for all, or one each")
         size = min(batch_size, 2 ** math.ceil(math.log2(n)))
-        done = []
+        params, done = jax.device_put(self.params), []  # moved once, not for each batch
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
             # The last batch is filled up: one program serves all.
             index = np.minimum(np.arange(start, start + size), n - 1)
-            out = run(self.params, keys[index], *jax.tree.map(lambda v, i=index: v[i], (numbers, cond)))
+            out = run(params, keys[index], *jax.tree.map(lambda v, i=index: v[i], (numbers, cond)))
             done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
 

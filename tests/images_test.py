@@ -69,17 +69,19 @@ def test_grid_labels_lie_under_their_tiles():
     plain = images.grid(tiles, 2)
     labelled = images.grid(tiles, 2, ["seven", None, "a label that is too long for its tile"])
     assert labelled.shape[1] == plain.shape[1]
-    text = (labelled.shape[0] - plain.shape[0]) // 2
-    line = (images.grid(tiles, 2, ["seven", None, None]).shape[0] - plain.shape[0]) // 2
+    line = images.grid(tiles, 2, ["seven", None, None]).shape[0] - plain.shape[0]  # a row is as high as its own labels
+    text = labelled.shape[0] - plain.shape[0] - line
     assert 8 <= line <= 20 and 2 * line <= text <= 6 * line and text % line == 0
+    second = 2 + 64 + line + 2
     strips = [
-        labelled[66 : 66 + text, 2:66],
-        labelled[66 : 66 + text, 68:132],
-        labelled[66 + text + 66 : 66 + text + 66 + text, 2:66],
+        labelled[66 : 66 + line, 2:66],
+        labelled[66 : 66 + line, 68:132],
+        labelled[second + 64 : second + 64 + text, 2:66],
     ]
-    assert (strips[0][:line] < 128).any() and (strips[0][line:] == 255).all() and (strips[1] == 255).all()
+    assert (strips[0] < 128).any() and (strips[1] == 255).all()
     assert (strips[2][:line] < 128).any() and (strips[2][-line:] < 128).any()
-    assert (labelled[132 + text :, 68:] == 255).all()
+    assert (labelled[second : second + 64, 2:66] == 0).all() and (labelled[second + 64 + text :] == 255).all()
+    assert (labelled[second:, 68:] == 255).all()
     np.testing.assert_array_equal(images.grid(tiles, 2, [None] * 3), plain)
 
 
