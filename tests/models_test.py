@@ -478,17 +478,19 @@ def test_group_norm_against_float64(shape, offset):
     np.testing.assert_allclose(got, want, atol=1e-5 if not offset else 3e-3)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 12), (2, 12)])
-def test_group_norm_gradient_against_autodiff(shape):
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 12), (2, 4, 6, 12), (2, 12)])
+def test_group_norm_gradient_against_autodiff(shape, silu):
     def plain(x, gain, bias):
         groups = x.reshape(2, -1, 3, 4)
         mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
-        return ((groups - mean) / jnp.sqrt(var + 1e-5)).reshape(x.shape) * gain + bias
+        y = ((groups - mean) / jnp.sqrt(var + 1e-5)).reshape(x.shape) * gain + bias
+        return nn.silu(y) if silu else y
 
     keys = jax.random.split(jax.random.key(0), 4)
     each = (2, *(1 for _ in shape[1:-1]), 12)
     x, gain, bias, dy = (jax.random.normal(k, s) for k, s in zip(keys, (shape, each, each, shape), strict=True))
-    got, got_vjp = jax.vjp(lambda *a: layers.group_norm(*a, 3, 1e-5), 3 + x, gain, bias)
+    got, got_vjp = jax.vjp(lambda *a: layers.group_norm(*a, 3, 1e-5, silu), 3 + x, gain, bias)
     want, want_vjp = jax.vjp(plain, 3 + x, gain, bias)
     np.testing.assert_allclose(got, want, atol=1e-5)
     chex.assert_trees_all_close(got_vjp(dy), want_vjp(dy), rtol=1e-4, atol=2e-5)
@@ -500,6 +502,40 @@ def test_attend_against_float64():
     weight = np.exp(logits)
     want = weight / weight.sum(-1, keepdims=True) @ v
     np.testing.assert_allclose(layers.attend(*map(jnp.float32, (q, k, v))), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, (1, 1), (2, 1), (1, 5), (2, 5)])
+def test_attend_on_a_cpu_is_that_of_other_devices(mask):
+    """Values and gradients of the form with the keys first, which a CPU runs, and of the usual one."""
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), (2, 3, n, 8)) for i, n in enumerate((5, 8, 8, 5)))
+    seen = None if mask is None else jax.random.bernoulli(jax.random.key(9), 0.6, (*mask, 8)).at[..., 0].set(True)
+    got, got_vjp = jax.vjp(lambda *a: layers.attend(*a, seen), q, k, v)
+    want, want_vjp = jax.vjp(lambda *a: layers._attend(seen, *a), q, k, v)
+    chex.assert_trees_all_close((got, got_vjp(dout)), (want, want_vjp(dout)), atol=2e-6)
+
+
+@pytest.mark.parametrize("platform, loops", [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_only_a_cpu_attends_picture_by_picture(platform, loops):
+    x = jax.ShapeDtypeStruct((2, 3, 4, 8), jnp.float32)
+    program = jax.jit(layers.attend).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in program) is loops
+
+
+def test_a_sum_over_pixels_against_float64():
+    for shape in ((2, 32, 32, 5), (2, 6, 7, 5), (2, 5)):
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        want = x.astype(np.float64).reshape(2, -1, 5).sum(1)
+        np.testing.assert_allclose(layers.over_pixels(x).reshape(2, 5), want, atol=1e-5)
+        assert layers.over_pixels(x).ndim == len(shape)
+
+
+def test_an_upsampled_convolution_is_one_of_the_larger_picture():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
+    params = drawn(layers.UpConv(Style(), 6), x)
+    large = layers.conv(Style(), 6, name=None)
+    got, got_vjp = jax.vjp(layers.UpConv(Style(), 6).apply, params, x)
+    want, want_vjp = jax.vjp(lambda p, x: large.apply(p, layers.upsample(x)), params, x)
+    chex.assert_trees_all_close((got, got_vjp(got)), (want, want_vjp(got)), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("init, fan, scale", [("torch", 9 * 64, 1 / 3), ("ho", 9 * (64 + 256) / 2, 1.0)])
