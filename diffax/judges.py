@@ -78,7 +78,9 @@ def _train(
     c = config.base
     c.shape, c.num_classes = tuple(section["shape"]), sum(targets.values())
     # The means of all activations: behind a last norm, the mean of a channel says next to nothing.
-    c.net.update(name="classifier", pool="spatial", channels=channels, channel_mult=(1, 2, 4), num_res_blocks=1)
+    # Small pictures are halved once only: what tells their shapes apart is one pixel wide.
+    mult = (2, 4) if min(c.shape[:2]) < 24 else (1, 2, 4)
+    c.net.update(name="classifier", pool="spatial", channels=channels, channel_mult=mult, num_res_blocks=1)
     c.net.update(attention=(), groups=8)
     c.train.update(steps=steps, batch_size=batch_size, learning_rate=1e-3, anneal="cosine", warmup_steps=50, ema=())
     plain = configs.to_dict(config)

@@ -9,6 +9,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from diffax import checkpoint, convert, main, models, pipeline, stages
 from diffax import config as configs
@@ -105,8 +106,10 @@ OTHERS = {
     "karlo/prior": "prior-ckpt-step=01000000-of-01000000.ckpt",
     "karlo/decoder": "decoder-ckpt-step=01000000-of-01000000.ckpt",
     "karlo/sr_64_256": "improved-sr-ckpt-step=1.2M.ckpt",
-    "karlo-diffusers/prior (PriorTransformer defaults, 32 heads)": "kakaobrain/karlo-v1-alpha",
+    "karlo-diffusers/prior (PriorTransformer defaults, 32 heads)": "kakaobrain/karlo-v1-alpha/prior",
 }
+# {module of diffusers, with karlo's options: {key: shape}}
+KARLO_DIFFUSERS = json.loads((pathlib.Path(__file__).parent / "weights" / "karlo_diffusers.json").read_text())
 
 
 @needs_manifest
@@ -118,6 +121,9 @@ def test_every_entry_of_the_manifest_is_covered_and_what_it_lacks_is_known():
         ("ViT-B-32.pt", published.CLIPS), ("ViT-B-16.pt", published.CLIPS), ("ViT-L-14.pt", published.CLIPS),
         ("model.safetensors", "openai/clip-vit-base-patch32"), ("model.safetensors", "openai/clip-vit-base-patch16"),
         ("ViT-L-14_stats.th", published.KARLO),
+        *((published.UNET, f"kakaobrain/karlo-v1-alpha/{folder}") for folder in KARLO_FOLDERS),
+        ("model.safetensors", "kakaobrain/karlo-v1-alpha/text_encoder"),
+        ("model.safetensors", "kakaobrain/karlo-v1-alpha-image-variations/image_encoder"),
     }  # fmt: skip
 
 
@@ -143,6 +149,48 @@ def test_clips_and_karlo_are_recognised(name):
     assert count == len(table)
     assert [*sections] == (["up", "up_last"] if "sr" in name else [row.section])
     assert [*settings] == ([("clip", "embedding", k) for k in ("mean", "std")] if "diffusers" in name else [])
+
+
+KARLO_FOLDERS = {"decoder": "decoder", "text_proj": "text_proj", "super_res_first": "super_res",
+                 "super_res_last": "super_res"}  # fmt: skip
+
+
+def test_karlo_in_diffusers_is_recognised():
+    """Every array of each of its modules has its place, two of which make up the decoder of karlo's own file."""
+    own = {row.section: row for row in convert.PUBLISHED if row.place == published.KARLO and row.section != "clip"}
+    paths, counts = {}, {}
+    for folder, module in KARLO_FOLDERS.items():
+        shapes = KARLO_DIFFUSERS[module]
+        row, table = convert.recognise(blanks(shapes), folder)
+        assert (row.folder, row.config) == (folder, "karlo")
+        assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}
+        assert weights.count(list(shapes.values())) == row.parameters == sum(int(np.prod(e.shape)) for e in table)
+        paths.setdefault(row.section, []).extend(entry.path for entry in table)
+        counts[row.section] = counts.get(row.section, 0) + row.parameters
+    assert counts["decoder"] == own["decoder"].parameters
+    assert counts["up"] + counts["up_last"] == own["up"].parameters
+    for section in ("decoder", "up"):
+        parts = [entry.path for entry in published.table(own[section])]
+        wanted = [path[1:] for path in parts if path[0] == "first"] if section == "up" else parts
+        assert sorted(paths[section]) == sorted(wanted)
+    assert paths["up"] == paths["up_last"]
+    with pytest.raises(UserError, match="could be of super_res_first or super_res_last; call the file, or its folder"):
+        convert.recognise(blanks(KARLO_DIFFUSERS["super_res"]), "renamed")
+    with pytest.raises(UserError, match="408 arrays of 691,579,523 numbers are of no model"):
+        convert.recognise(blanks({**KARLO_DIFFUSERS["super_res"], "conv_in.bias": (1, 320)}))
+
+
+def test_the_encoders_of_a_clip_in_two_files():
+    """Together they have all that the whole file has, but for the scale."""
+    whole, text, image = (
+        published.table(next(row for row in convert.PUBLISHED if row.folder == folder))
+        for folder in ("clip-vit-large-patch14", "text_encoder", "image_encoder")
+    )
+    assert {**torch_shapes(text), **torch_shapes(image), "logit_scale": ()} == torch_shapes(whole)
+    assert sorted(e.path for e in text + image) == sorted(e.path for e in whole)
+    for folder, table in (("text_encoder", text), ("image_encoder", image)):
+        row, _ = convert.recognise(blanks(torch_shapes(table)), "renamed")
+        assert (row.folder, row.parameters) == (folder, weights.count(list(torch_shapes(table).values())))
 
 
 def test_openai_and_transformers_agree_on_the_size_of_a_clip():
@@ -545,13 +593,101 @@ def test_karlo_from_its_files_to_a_picture(karlo_files, tmp_path, capsys):
         convert.load(files[1:], str(path))
 
     # and back
-    for file, section in zip(files[1:3], ("prior", "decoder"), strict=True):
+    for file, section in zip(files[1:4], ("prior", "decoder", "up"), strict=True):
         out = tmp_path / f"{section}.safetensors"
         assert command.run([str(workdir), str(out), "--to=safetensors", f"--stage={section}"]) == 0
         before, after = weights.read(file), weights.read(out)
         assert set(before) == set(after)
         for key in before:
             np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
+    capsys.readouterr()
+    assert command.run([str(workdir), str(out), "--to=safetensors", "--stage=up_last"]) == 2
+    assert f"up_last is in one file with up, whose last step it takes; {workdir}; " in capsys.readouterr().err
+    assert_equal(convert.load(out, str(path))[1], {"up": params["up"], "up_last": params["up_last"]})
+
+
+@pytest.fixture(scope="module")
+def karlo_folder(karlo_files, tmp_path_factory):
+    """(the folder of a small karlo in diffusers' form, the parameters in it)."""
+    path, config, _, params = karlo_files
+    params = {**params, "clip": {**params["clip"], "logit_scale": np.float32(np.log(100))}}
+    root, nets = tmp_path_factory.mktemp("karlo-diffusers"), {name: stages.build(config, name) for name in params}
+    stats = {"mean": np.arange(8, dtype=np.float32), "std": 1 + np.arange(8, dtype=np.float32)}
+
+    def written(folder, table, tree, file=published.UNET):
+        flat = traverse_util.flatten_dict(tree)
+        there = traverse_util.unflatten_dict({entry.path: flat[entry.path] for entry in table})
+        weights.write(root / folder / file, convert.to_torch(there, table), {})
+
+    def made(make, section, **options):
+        return make(nets[section].net, nets[section].shape, **options)
+
+    written("prior", made(convert.karlo.diffusers_table, "prior"), {"net": params["prior"], "stats": stats})
+    for part in ("decoder", "text_proj"):
+        written(part, made(convert.karlo.diffusers_decoder_table, "decoder", part=part), params["decoder"])
+    for folder, section in (("super_res_first", "up"), ("super_res_last", "up_last")):
+        written(folder, made(diffusers.table, section), params[section])
+    for tower in ("text", "image"):
+        table = made(convert.clip.file_table, "clip", names="transformers", tower=tower)
+        written(f"{tower}_encoder", table, params["clip"], published.MODEL)
+    return root, params
+
+
+def test_karlo_from_the_folder_of_diffusers(karlo_files, karlo_folder, tmp_path):
+    """One source, of which each sub-folder has its place; or its files in any order."""
+    path, _, files, _ = karlo_files
+    root, params = karlo_folder
+    assert convert.is_weights(root) and not convert.is_weights(tmp_path)
+    config, found, _ = convert.load(root, str(path))
+    assert_equal(found, params)
+    assert config == convert.load(files, str(path))[0]
+    for sources in (sorted(root.glob("*/*")), sorted(root.glob("*"), reverse=True)):
+        config_again, again, _ = convert.load(sources, str(path))
+        assert_equal(again, params)
+        assert config_again == config
+    # the published folder has no image_encoder: there the whole CLIP is a file of its own
+    (root / "image_encoder").rename(tmp_path / "image_encoder")
+    try:
+        config_again, again, _ = convert.load([root, files[0]], str(path))
+    finally:
+        (tmp_path / "image_encoder").rename(root / "image_encoder")
+    assert {name for name in again} == {*params} and config_again == config
+
+
+@pytest.mark.parametrize("given, missing", [("decoder", "text_proj"), ("text_proj", "decoder"),
+                                            ("text_encoder", "image_encoder"), ("image_encoder", "text_encoder")])  # fmt: skip
+def test_half_a_network_is_refused(karlo_files, karlo_folder, given, missing, tmp_path, capsys):
+    source = karlo_folder[0] / given
+    assert command.run([str(source), str(tmp_path / "run"), f"--model={karlo_files[0]}"]) == 2
+    error, section = capsys.readouterr().err, "clip" if "encoder" in given else "decoder"
+    assert f"this is a part of the {section} of small_karlo, and {missing} is missing; {source}" in error
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=f"is one more {section}; "):
+        convert.match_all([source, source], model=str(karlo_files[0]))
+    with pytest.raises(UserError, match=f"and {missing} is missing"):
+        convert.match(source, model=str(karlo_files[0]))
+
+
+def test_an_upsampler_whose_networks_come_one_by_one(karlo_files, karlo_folder, tmp_path, capsys):
+    """It is written to karlo's file as soon as both are there."""
+    model, workdir, out = f"--model={karlo_files[0]}", tmp_path / "run", tmp_path / "up.safetensors"
+    root, params = karlo_folder
+    assert command.run([str(root / "super_res_first"), str(workdir), model]) == 0, capsys.readouterr().err
+    assert command.run([str(workdir), str(out), "--to=safetensors", "--stage=up"]) == 2
+    assert f"and there are no parameters of up_last; {workdir}; train it, or conv" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the last step of up is that of up_last; .*; pass its file too"):
+        convert.load(root / "super_res_first", str(karlo_files[0]))
+    assert not out.exists()
+    assert command.run([str(root / "super_res_last"), str(workdir), model]) == 0, capsys.readouterr().err
+    assert command.run([str(workdir), str(out), "--to=safetensors", "--stage=up"]) == 0, capsys.readouterr().err
+    config, found, _ = convert.load(out, str(karlo_files[0]))
+    assert_equal(found, {"up": params["up"], "up_last": params["up_last"]})
+    assert config["stages"] == ["up"]
+    alone = json.loads((workdir / "config.json").read_text())
+    alone["up"]["last"] = ""
+    (workdir / "config.json").write_text(json.dumps(alone))
+    with pytest.raises(UserError, match="holds a network for the last step too, and up has none; .*; load it in diff"):
+        convert.export(workdir, out)
 
 
 def test_clips_of_other_sizes_and_programs(tmp_path, capsys):
@@ -734,7 +870,7 @@ def test_families_of_exported_networks():
     assert published._family(configs.load("glide_clip").clip)[0] == "noised-clip"
     karlo = configs.load("karlo")
     families = [published._family(karlo[name])[0] for name in ("clip", "prior", "decoder", "up")]
-    assert families == ["openai-clip", "karlo", "karlo", "openai"]
+    assert families == ["openai-clip", "karlo", "karlo", "karlo-upsampler"]
 
 
 def test_a_condition_that_openai_has_not():

@@ -30,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
         "paths",
         nargs="*",
         metavar="FILE ... WORKDIR",
-        help=".pt, .pth, .ckpt or .safetensors files or folders of diffusers or transformers that make one system, and "
-        "the workdir to write; or a workdir and the .safetensors file to export it to",
+        help=".pt, .pth, .ckpt or .safetensors files or folders of diffusers or transformers that make one system (of "
+        "karlo the folder of all), and the workdir to write; or a workdir and the .safetensors file to export it to",
     )
     p.add_argument("--model", help="the config or published file that it is (default: told from names and shapes)")
     p.add_argument("--to", choices=("diffax", "safetensors"), default="diffax", help="what to write (default diffax)")

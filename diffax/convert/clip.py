@@ -210,22 +210,26 @@ def file_table(network: CLIP, shape: Sequence[int], *, names: str, tower: str = 
       shape: (H, W, C) of its images, which the network knows.
       names: see `table`; with 'glide' a whole CLIP is both of GLIDE's files in one, see `glide_table`, and the log of
         the scale as 'logit_scale'.
-      tower: 'image' or 'text', or '' for both.
+      tower: 'image' or 'text', or '' for both. The file of transformers' text encoder has no scale, which comes with
+        it here as 100, that of OpenAI's own.
 
     Raises:
       ValueError: `network` cannot bear such names.
     """
-    if names == "glide" and not tower:
+    if tower:
+        entries = [entry._replace(path=(tower, *entry.path)) for entry in table(getattr(network, tower), names)]
+        return entries + [_scale(100.0)] * (names == "transformers" and tower == "text")
+    if names == "glide":
         return [*_glide_towers(network), Entry(("logit_scale",), ((),), ("logit_scale",), (), SAME)]
-    return table(getattr(network, tower) if tower else network, names)
+    return table(network, names)
 
 
 def _glide_towers(network: CLIP) -> Table:
     """The map between GLIDE's two files, their names led by 'image.' and 'text.', and both encoders."""
     return [
-        entry._replace(keys=tuple(f"{tower}.{key}" for key in entry.keys), path=(tower, *entry.path))
+        entry._replace(keys=tuple(f"{tower}.{key}" for key in entry.keys))
         for tower in GLIDE_FILES
-        for entry in table(getattr(network, tower), "glide")
+        for entry in file_table(network, (), names="glide", tower=tower)
     ]
 
 
@@ -236,8 +240,12 @@ def glide_table(network: CLIP, *, logit_scale: float = 100.0) -> Table:
       network: see `glide_config`.
       logit_scale: what multiplies the cosines (not its log), which is in the config file and in neither of these: 100.
     """
-    scale = Layout(lambda: np.log(logit_scale).astype(np.float32), lambda w: ())
-    return [*_glide_towers(network), Entry((), (), ("logit_scale",), (), scale)]
+    return [*_glide_towers(network), _scale(logit_scale)]
+
+
+def _scale(logit_scale: float) -> Entry:
+    """The scale of the cosines (not its log), which no file holds."""
+    return Entry((), (), ("logit_scale",), (), Layout(lambda: np.log(logit_scale).astype(np.float32), lambda w: ()))
 
 
 def glide_arrays(**files: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights and options of `UNet2DModel` of huggingface/diffusers (google/ddpm-cifar10-32, ...)."""
+"""Weights and options of `UNet2DModel` of huggingface/diffusers (google/ddpm-cifar10-32, ...), and names of its kin."""
 
 import math
 import re
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffax.convert.architecture import Architecture, refuse
+from diffax.convert.openai import Rename
 from diffax.convert.table import (
     DENSE,
     DENSE_2D,
@@ -19,7 +20,7 @@ from diffax.convert.table import (
     make_table,
     param_shapes,
 )
-from diffax.models import Network, example_inputs
+from diffax.models import Network, UNet, example_inputs
 
 RES_BLOCK = {
     "norm1": "norm1",
@@ -38,22 +39,32 @@ TOP = {
     "embed": "class_embedding",
 }
 LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-PROJECTIONS = ("to_q", "to_k", "to_v")
+PROJECTIONS = {"qkv": ("to_q", "to_k", "to_v"), "encoder_kv": ("add_k_proj", "add_v_proj")}
 
 
-def table(network: Network, shape: Sequence[int], *, flip_sin_to_cos: bool) -> Table:
+def table(network: Network, shape: Sequence[int], *, flip_sin_to_cos: bool | None = None) -> Table:
     """The map between the parameters of `UNet2DModel` and those of `network`.
 
     Args:
       network: see `diffax.models.build`.
       shape: (H, W, C) of its images.
       flip_sin_to_cos: whether the model's clock has its cosines first. Where the network's own
-        order differs, the rows of the layer that reads the clock are swapped.
+        order differs, the rows of the layer that reads the clock are swapped; None: it does not.
+
+    Raises:
+      ValueError: a network that `UNet2DModel` cannot express.
     """
-    net = network.unet
-    levels = len(net.channel_mult)
     shapes = param_shapes(network, *example_inputs(network, shape))
-    swap = flip_sin_to_cos != (net.sinusoid == "openai")
+    return make_table(shapes, renaming(network, flip_sin_to_cos))
+
+
+def renaming(network: Network, flip_sin_to_cos: bool | None = None) -> Rename:
+    """(path, shape) of a U-Net's parameter -> (diffusers' names, layout); see `table`."""
+    net = network.unet
+    if not isinstance(net, UNet):
+        raise ValueError("diffusers' UNet2DModel is a U-Net, and this network is none")
+    levels = len(net.channel_mult)
+    swap = flip_sin_to_cos not in (None, net.sinusoid == "openai")
 
     def block_key(name: str) -> str:
         """'up_0_attention_1' -> 'up_blocks.3.attentions.1', of four levels."""
@@ -66,6 +77,8 @@ def table(network: Network, shape: Sequence[int], *, flip_sin_to_cos: bool) -> T
         return f"{way}_blocks.{level if way == 'down' else levels - 1 - int(level)}.{child}"
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
+        if path[0] not in ("unet", "label"):
+            raise ValueError(f"diffusers' UNet2DModel has no {'/'.join(path)}; take the conditions that it takes")
         top, *inner, leaf = path[1:]
         layout = kernel(shape) if leaf == "kernel" else SAME
         if top in TOP:
@@ -78,14 +91,14 @@ def table(network: Network, shape: Sequence[int], *, flip_sin_to_cos: bool) -> T
             return [f"{block}.{RES_BLOCK[inner[0]]}.{LEAF[leaf]}"], layout
         if inner[0] == "conv":
             return [f"{block}.conv.{LEAF[leaf]}"], layout
-        if leaf == "qkv_kernel":
-            return [f"{block}.{name}.weight" for name in PROJECTIONS], _qkv_kernel(shape)
-        if leaf == "qkv_bias":
-            return [f"{block}.{name}.bias" for name in PROJECTIONS], _qkv_bias(shape)
+        projection, _, leaf = leaf.rpartition("_")
+        if projection:
+            layout = _qkv_kernel(shape) if leaf == "kernel" else _qkv_bias(shape)
+            return [f"{block}.{name}.{LEAF[leaf]}" for name in PROJECTIONS[projection]], layout
         child = {"norm": "group_norm", "proj": "to_out.0"}[inner[-1]]
         return [f"{block}.{child}.{LEAF[leaf]}"], layout
 
-    return make_table(shapes, rename)
+    return rename
 
 
 def _swapped_clock(shape: tuple[int, ...]) -> Layout:
@@ -96,16 +109,16 @@ def _swapped_clock(shape: tuple[int, ...]) -> Layout:
 
 
 def _qkv_kernel(shape: tuple[int, ...]) -> Layout:
-    """Three of [C, C] <-> [C, 3, heads, D]."""
-    channels, _, heads, width = shape
+    """P of [C, E] <-> [E, P, heads, D]: P projections from E channels to C = heads * D."""
+    inputs, parts, heads, width = shape
     return Layout(
-        lambda *w: np.stack([part.T.reshape(channels, heads, width) for part in w], 1),
-        lambda w: tuple(w[:, i].reshape(channels, heads * width).T for i in range(3)),
+        lambda *w: np.stack([part.T.reshape(inputs, heads, width) for part in w], 1),
+        lambda w: tuple(w[:, i].reshape(inputs, heads * width).T for i in range(parts)),
     )
 
 
 def _qkv_bias(shape: tuple[int, ...]) -> Layout:
-    """Three of [C] <-> [3, heads, D]."""
+    """P of [C] <-> [P, heads, D]."""
     return Layout(lambda *w: np.stack(w).reshape(shape), lambda w: tuple(part.reshape(-1) for part in w))
 
 

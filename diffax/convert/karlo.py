@@ -1,4 +1,4 @@
-"""Weights and options of kakaobrain/karlo, and of huggingface/diffusers' copy of its prior.
+"""Weights and options of kakaobrain/karlo, and of huggingface/diffusers' copy of it.
 
 karlo is an unCLIP system as in DALL-E 2: a diffusion prior, a decoder and two upsamplers, of which the second takes the
 last step. Its U-Nets are guided-diffusion's, with GLIDE's attention; their parameters bear the names that `openai`
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffax.convert import openai
+from diffax.convert import diffusers, openai
 from diffax.convert.architecture import Architecture, refuse
 from diffax.convert.diffusers import PROJECTIONS, _qkv_bias, _qkv_kernel
 from diffax.convert.glide import BLOCK
@@ -60,6 +60,14 @@ DIFFUSERS_PRIOR = {
     "prior/proj_out": "proj_to_clip_embeddings",
     "text_embedding/tokens": "embedding_proj",
     "text_features/proj": "encoder_hidden_states_proj",
+}
+DIFFUSERS_DECODER = {
+    "image_embedding/null": "learned_classifier_free_guidance_embeddings",
+    "image_embedding/vector": "clip_image_embeddings_project_to_time_embeddings",
+    "image_embedding/tokens": "clip_extra_context_tokens_proj",
+    "text_embedding/vector": "embedding_proj",
+    "text_features/proj": "encoder_hidden_states_proj",
+    "text_features/norm": "text_encoder_hidden_states_norm",
 }
 DIFFUSERS_BLOCK = {
     "norm1": "norm1",
@@ -119,6 +127,29 @@ def diffusers_table(network: Network, shape: Sequence[int]) -> Table:
         Entry((f"clip_{name}",), ((1, size),), ("stats", name), (size,), _leading_one(1)) for name in ("mean", "std")
     ]
     return net + stats
+
+
+def diffusers_decoder_table(network: Network, shape: Sequence[int], *, part: str) -> Table:
+    """The map between one of the two files of diffusers' decoder and its share of the parameters of `network`.
+
+    An upsampler in diffusers is a `UNet2DModel`, of which `diffusers.table` knows the names.
+
+    Args:
+      network: see `table`.
+      shape: see `table`.
+      part: 'decoder', the U-Net (`UNet2DConditionModel`), or 'text_proj', what brings the embeddings to it
+        (`UnCLIPTextProjModel`).
+
+    Raises:
+      ValueError: a network that these classes cannot express.
+    """
+    rename_unet = diffusers.renaming(network)
+
+    def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
+        return _outside(DIFFUSERS_DECODER, path, shape) if path[0] != "unet" else rename_unet(path, shape)
+
+    whole = make_table(param_shapes(network, *example_inputs(network, shape)), rename)
+    return [entry for entry in whole if (entry.path[0] == "unet") == (part == "decoder")]
 
 
 def stats_table(network: CLIP, shape: Sequence[int]) -> Table:
@@ -210,7 +241,7 @@ def _diffusers_prior(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Lay
     if leaf.startswith("qkv_"):
         kernel = leaf == "qkv_kernel"
         layout = _qkv_kernel(shape) if kernel else _qkv_bias(shape)
-        return [f"{block}.attn1.{part}.{'weight' if kernel else 'bias'}" for part in PROJECTIONS], layout
+        return [f"{block}.attn1.{part}.{'weight' if kernel else 'bias'}" for part in PROJECTIONS["qkv"]], layout
     return [f"{block}.{DIFFUSERS_BLOCK[path[-2]]}.{LEAF[leaf]}"], plain(leaf, shape)
 
 

@@ -37,6 +37,7 @@ class Family(NamedTuple):
       parts: of files that hold more than one thing, the first names of the table's paths, and the field of the section
         that names whose it is; '' for the section itself. 'stats' are no parameters but go into the section's
         `embedding`.
+      rests: of files that hold a part of a network, by the table's option that says which: the folder of the others.
     """
 
     marks: tuple[str, ...]
@@ -44,20 +45,34 @@ class Family(NamedTuple):
     rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     networks: tuple[type, ...] = (models.Network,)
     parts: Mapping[str, str] = {}
+    rests: Mapping[str, str] = {}
 
 
-def _clip(names: str, *marks: str) -> Family:
-    """The family of CLIPs of these names."""
-    return Family(marks, functools.partial(clip.file_table, names=names), clip.without_buffers, (CLIP,))
+def _clip(names: str, *marks: str, **rests: str) -> Family:
+    """The family of CLIPs of these names; `rests` are those of files of one encoder."""
+    table = functools.partial(clip.file_table, names=names)
+    return Family(marks, table, clip.without_buffers, (CLIP,), rests=rests)
 
 
 FAMILIES = {
     "glide": Family(("transformer_proj.weight",), glide.table),
     "openai": Family(("input_blocks.0.0.weight",), openai.table, networks=(models.Network, models.Classifier)),
+    "diffusers-decoder": Family(
+        ("mid_block.attentions.0.add_k_proj.weight", "learned_classifier_free_guidance_embeddings"),
+        karlo.diffusers_decoder_table,
+        rests={"decoder": "text_proj", "text_proj": "decoder"},
+    ),
+    "diffusers-upsampler": Family(("down_blocks.0.downsamplers.0.norm1.weight",), diffusers.table),
     "diffusers": Family(("conv_in.weight",), diffusers.table, diffusers.modern_names),
     "glide-clip": _clip("glide", "blocks.input.patch_proj", "blocks.input.w_voc"),
     "openai-clip": _clip("openai", "visual.proj"),
-    "transformers": _clip("transformers", "visual_projection.weight"),
+    "transformers": _clip(
+        "transformers",
+        "visual_projection.weight",
+        "text_projection.weight",
+        text="image_encoder",
+        image="text_encoder",
+    ),
     "noised-clip": _clip("glide", "image.blocks.input.patch_proj"),
     "karlo": Family(("model.prd_emb", "model.cf_param"), functools.partial(karlo.table, prefix="model.")),
     "karlo-upsampler": Family(
@@ -69,10 +84,14 @@ FAMILIES = {
 HO = {"flip_sin_to_cos": False}
 # Options of a family's table for networks that were not published.
 CHOICES = {
-    "diffusers": [HO],
     "openai": [{"attention_order": "legacy"}],
     "glide-clip": [{"tower": tower} for tower in clip.GLIDE_FILES],
+    "transformers": [{}, {"tower": "text"}, {"tower": "image"}],
+    "diffusers-decoder": [{"part": "decoder"}, {"part": "text_proj"}],
 }
+# The folders of a system of diffusers that hold a part each; of the encoders, only if both are there.
+PARTS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last")
+ENCODERS = ("text_encoder", "image_encoder")
 
 
 class Published(NamedTuple):
@@ -80,7 +99,8 @@ class Published(NamedTuple):
 
     Attributes:
       file: its name.
-      place: where it lies: the address of its folder, or the name of a model on the Hugging Face hub.
+      place: where it lies: the address of its folder, or the name of a model on the Hugging Face hub, and the folder
+        in that.
       family: key of `FAMILIES`.
       parameters: how many numbers it holds.
       config: which config is of it, with the variant; '' if there is none.
@@ -103,14 +123,27 @@ class Published(NamedTuple):
         """The file's name without its suffix."""
         return pathlib.Path(self.file).stem
 
+    @property
+    def folder(self) -> str:
+        """The name of the folder that it lies in."""
+        return self.place.rpartition("/")[2]
+
+    @property
+    def rest(self) -> str:
+        """The folder of the rest of its network, if it holds a part alone."""
+        rests = FAMILIES[self.family].rests
+        return next((rests[value] for value in self.options.values() if value in rests), "")
+
 
 IMPROVED = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
 GUIDED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
 GLIDE = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
 NEW = {"attention_order": "new"}
 UNET, MODEL, UP = "diffusion_pytorch_model.safetensors", "model.safetensors", "up"
+GENERIC = ("diffusion_pytorch_model", "model", "pytorch_model")  # what tells nothing of a file; its folder does
 CLIPS = "https://openaipublic.azureedge.net/clip/models"
 KARLO = "https://arena.kakaocdn.net/brainrepo/models/karlo-public/v1.0.0.alpha"
+KARLO_HUB = "kakaobrain/karlo-v1-alpha"
 VIT_B_32 = functools.partial(clip.transformers_config, {"vision_config": {"patch_size": 32}})
 
 # Parameters as counted in the networks that the programs build from the flags of their README files.
@@ -154,7 +187,23 @@ PUBLISHED = (
     Published("decoder-ckpt-step=01000000-of-01000000.ckpt", KARLO, "karlo", 893_318_086, "karlo", "decoder"),
     Published("improved-sr-ckpt-step=1.2M.ckpt", KARLO, "karlo-upsampler", 1_383_159_046, "karlo", UP),
     Published("ViT-L-14_stats.th", KARLO, "karlo-stats", 1_536, "karlo", "clip"),
-    Published(UNET, "kakaobrain/karlo-v1-alpha", "diffusers-prior", 1_022_030_080, "karlo", "prior"),
+    Published(UNET, f"{KARLO_HUB}/prior", "diffusers-prior", 1_022_030_080, "karlo", "prior"),
+    Published(UNET, f"{KARLO_HUB}/decoder", "diffusers-decoder", 885_439_686, "karlo", "decoder", {"part": "decoder"}),
+    Published(
+        UNET, f"{KARLO_HUB}/text_proj", "diffusers-decoder", 7_878_400, "karlo", "decoder", {"part": "text_proj"}
+    ),
+    Published(UNET, f"{KARLO_HUB}/super_res_first", "diffusers-upsampler", 691_579_523, "karlo", UP),
+    Published(UNET, f"{KARLO_HUB}/super_res_last", "diffusers-upsampler", 691_579_523, "karlo", "up_last"),
+    Published(MODEL, f"{KARLO_HUB}/text_encoder", "transformers", 123_650_304, "karlo", "clip", {"tower": "text"}),
+    Published(
+        MODEL,
+        f"{KARLO_HUB}-image-variations/image_encoder",
+        "transformers",
+        303_966_208,
+        "karlo",
+        "clip",
+        {"tower": "image"},
+    ),
     Published(UNET, "google/ddpm-cifar10-32", "diffusers", 35_746_307, "ddpm_cifar10", options=HO),
     Published(UNET, "google/ddpm-cat-256", "diffusers", 113_673_219, "ddpm_lsun_256:cat", options=HO),
 )
@@ -175,6 +224,7 @@ class Match(NamedTuple):
       sections: {section of that: the map between the arrays and its parameters}; together they fit.
       settings: {(section, field, field): value} of what it says besides: statistics of embeddings.
       also: another file, whose arrays are among these.
+      rest: the folder of the rest of the network of its one section, of which this is a part; '' if nothing is missing.
     """
 
     path: pathlib.Path
@@ -183,6 +233,7 @@ class Match(NamedTuple):
     sections: Mapping[str, Table]
     settings: Mapping[tuple[str, ...], Any] = {}
     also: pathlib.Path | None = None
+    rest: str = ""
 
 
 def network(row: Published) -> tuple[Any, tuple[int, ...]]:
@@ -218,7 +269,7 @@ def recognise(tensors: Mapping[str, Any], name: str = "") -> tuple[Published, Ta
     shapes = weights.shapes(tensors)
     size = weights.count(list(shapes.values()))
     rows = [row for row in PUBLISHED if row.parameters == size and _bears_marks(tensors, FAMILIES[row.family])]
-    rows = [row for row in rows if name in (row.name, row.place.rpartition("/")[2])] or rows
+    rows = [row for row in rows if name in (row.name, row.folder)] or rows
     found = [(row, known) for row, known in ((row, table(row)) for row in rows) if not misfit(shapes, known)]
     if not found:
         raise UserError(
@@ -226,6 +277,9 @@ def recognise(tensors: Mapping[str, Any], name: str = "") -> tuple[Published, Ta
             "of the network that they were trained with"
         )
     if len(found) > 1:
+        if len({row.config for row, _ in found}) == 1:
+            there = " or ".join(row.folder for row, _ in found)
+            raise UserError(f"these arrays could be of {there}; call the file, or its folder, after the one that it is")
         there = ", ".join(row.config or row.name for row, _ in found)
         raise UserError(f"these arrays could be of any of {there}; pass --model=NAME of one")
     return found[0]
@@ -238,7 +292,7 @@ def match(
 
     Args:
       path: a file (see `weights.read`), or the folder of a model of diffusers or transformers. Of the two files of
-        GLIDE's CLIP either one, if the other lies beside it.
+        GLIDE's CLIP either one, if the other lies beside it. A file with a part of a network is for `match_all`.
       model: the config, or the published file, that it is; by default it is recognised.
       which: of several state dicts in the file, see `weights.read`.
       attention_order: of one of OpenAI's networks that was not published, 'legacy' or 'new', see `openai.table`.
@@ -246,19 +300,25 @@ def match(
     Raises:
       UserError: the file cannot be read, is not recognised, or does not fit the model.
     """
+    found = _match(path, model, which, attention_order)
+    _check_whole(found)
+    return found
+
+
+def _match(path: str | os.PathLike[str], model: str | None, which: str | None, attention_order: str = "") -> Match:
+    """`match`, of a part of a network too."""
     path = pathlib.Path(path)
     file = _file_in(path)
-    if path.is_dir() and model is None and file.stem == pathlib.Path(UNET).stem:
-        settings = _json(file.parent / "config.json")
-        if settings.get("_class_name") != "PriorTransformer":
-            return _match_folder(path, settings, which)
     tensors = weights.read(file, which)
     family = next((name for name, f in FAMILIES.items() if _bears_marks(f.rename(tensors), f)), None)
     if family is None:
         raise UserError(f"these are weights of no known program; {file}; known are those listed by --list")
     tensors = FAMILIES[family].rename(tensors)
+    if path.is_dir() and model is None and family == "diffusers":
+        return _match_folder(path, file, tensors)
+    name = path.absolute().parent.name if path.stem in GENERIC else path.stem
     try:
-        row, known = _named(tensors, model, family, attention_order) if model else recognise(tensors, path.stem)
+        row, known = _named(tensors, model, family, attention_order, name) if model else recognise(tensors, name)
     except UserError as error:
         if not model and (found := _other_clip(file, tensors, family)):
             return found
@@ -269,7 +329,7 @@ def match(
         return Match(file, tensors, _clip_config(name, row.architecture()), {"clip": known})
     config = _config(row.config)
     sections, settings = _parts(tensors, family, config, row.section, known)
-    found = Match(file, tensors, config, sections, settings)
+    found = Match(file, tensors, config, sections, settings, rest=row.rest)
     return _with_other_encoder(found, row) if family == "glide-clip" else found
 
 
@@ -279,31 +339,59 @@ def match_all(
     """`match` of files that make one system.
 
     Args:
-      files: the files. Of the two of GLIDE's CLIP one is enough.
+      files: the files, and folders of models or of a whole system of diffusers (see `PARTS`). Of the two of GLIDE's
+        CLIP one is enough.
       model: the config of the first one, and of others that are not recognised by themselves.
       which: see `match`.
       **options: see `match`.
 
     Raises:
-      UserError: see `match`; or two files are of one section.
+      UserError: see `match`; or two files are of one section; or the rest of a network is not among them.
     """
     found: list[Match] = []
-    for file in files:
-        if pathlib.Path(file) in [m.also for m in found]:
+    for file in itertools.chain.from_iterable(map(_parts_in, files)):
+        if file in [m.also for m in found]:
             continue
-        m = match(file, model=model, which=which, **options) if not found else None
+        m = _match(file, model, which, **options) if not found else None
         for name in (None, model) if m is None else ():
             try:
-                m = match(file, model=name, which=which, **options)
+                m = _match(file, name, which, **options)
                 break
             except UserError:
                 if name == model:
                     raise
+        other = next((i for i, other in enumerate(found) if _are_one_network(other, m)), None)
+        if other is not None:
+            found[other] = _joined(found[other], m)
+            continue
         for section in m.sections:
             if any(section in other.sections for other in found):
                 raise UserError(f"{m.path} is one more {section}; {files[0]}; pass one file for each part of a system")
         found.append(m)
+    for m in found:
+        _check_whole(m)
     return found
+
+
+def _are_one_network(a: Match, b: Match) -> bool:
+    """Whether two files hold different parts of the network of one section."""
+    return bool(a.rest and b.rest) and a.rest != b.rest and {*a.sections} == {*b.sections}
+
+
+def _joined(a: Match, b: Match) -> Match:
+    """The network of which two files hold a part each; their arrays have different names."""
+    sections = {name: [*table, *b.sections[name]] for name, table in a.sections.items()}
+    return a._replace(tensors={**a.tensors, **b.tensors}, sections=sections, rest="")
+
+
+def _check_whole(m: Match) -> None:
+    """Raises UserError if a file holds a part of a network alone."""
+    if m.rest:
+        (section,) = m.sections
+        raise UserError(
+            f"this is a part of the {section} of {m.config['name']}, and {m.rest} is missing; {m.path}; pass the file "
+            "of that too, or one file of the whole"
+        )
 
 
 def _parts(
@@ -334,6 +422,8 @@ def _other_clip(file: pathlib.Path, tensors: Mapping[str, Any], family: str) -> 
         if not beside.exists():
             return None
         settings = _json(beside)
+        if settings.get("architectures", ["CLIPModel"]) != ["CLIPModel"]:
+            return None
     try:
         hf = family == "transformers"
         architecture = clip.transformers_config(settings) if hf else clip.openai_config(tensors)
@@ -399,14 +489,20 @@ def _with_other_encoder(found: Match, row: Published) -> Match:
     return found._replace(tensors=clip.glide_arrays(**tensors), sections=sections, also=file)
 
 
-def _named(tensors: Mapping[str, Any], model: str, family: str, attention_order: str) -> tuple[Published, Table]:
-    """The published file of that name or config, or else the section of a config, that arrays fit."""
+def _named(
+    tensors: Mapping[str, Any], model: str, family: str, attention_order: str, name: str
+) -> tuple[Published, Table]:
+    """The published file of that name or config, or else the section of a config, that arrays fit.
+
+    Sections that a published file of this `name` is of are tried first: those of an upsampler are alike.
+    """
     rows = [row for row in PUBLISHED if model in (row.file, row.name, row.place, row.config)]
     of_family = [row for row in rows if row.family == family]
     if not of_family and (not rows or model in [row.config for row in rows]):
         ways = itertools.product(configs.trained_sections(_config(model)), CHOICES.get(family, [{}]))
         rows = [Published("", "", family, 0, model, section, options) for section, options in ways]
-    rows = of_family or rows
+    namesakes = [row.section for row in PUBLISHED if name in (row.name, row.folder)]
+    rows = sorted(of_family or rows, key=lambda row: row.section not in namesakes)
     if attention_order and family == "openai":
         rows = [row._replace(options={"attention_order": attention_order}) for row in rows]
     shapes = weights.shapes(tensors)
@@ -445,6 +541,17 @@ def _files_in(folder: pathlib.Path) -> list[pathlib.Path]:
     return [file for file in found if file.suffix in (".safetensors", ".bin")]
 
 
+def _parts_in(path: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The folders of the models in the folder of a system of diffusers; anything else is itself."""
+    path = pathlib.Path(path)
+    if not path.is_dir() or _files_in(path):
+        return [path]
+    there = [path / name for name in (*PARTS, *ENCODERS) if _files_in(path / name)]
+    if {path / name for name in ENCODERS} <= {*there}:
+        return there
+    return [folder for folder in there if folder.name not in ENCODERS] or [path]
+
+
 def _file_in(path: pathlib.Path) -> pathlib.Path:
     """The file of weights that a folder holds; a file is itself."""
     if not path.is_dir():
@@ -475,9 +582,9 @@ PREDICTS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
 VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
 
 
-def _match_folder(path: pathlib.Path, model: Mapping[str, Any], which: str | None) -> Match:
+def _match_folder(path: pathlib.Path, file: pathlib.Path, tensors: Mapping[str, Any]) -> Match:
     """A `UNet2DModel` of diffusers with its config.json, and the settings of its scheduler if they are there."""
-    file = _file_in(path)
+    model = _json(file.parent / "config.json")
     config = configs.config_defaults(_name(path.resolve().name) or "diffusers")
     stage = config.base
     if model.get("_class_name", "UNet2DModel") != "UNet2DModel":
@@ -500,7 +607,6 @@ def _match_folder(path: pathlib.Path, model: Mapping[str, Any], which: str | Non
     found = diffusers.table(
         architecture.build(), architecture.shape, flip_sin_to_cos=model.get("flip_sin_to_cos", True)
     )
-    tensors = diffusers.modern_names(weights.read(file, which))
     if complaint := misfit(weights.shapes(tensors), found):
         raise UserError(f"the weights do not fit the config.json beside them: {complaint}; {file}; download both again")
     return Match(file, tensors, configs.to_dict(config), {"base": found})
@@ -542,7 +648,7 @@ def is_weights(source: Any) -> bool:
         return all(map(is_weights, source))
     path = pathlib.Path(source)
     if path.is_dir():
-        return bool(_files_in(path))
+        return any(map(_files_in, _parts_in(path)))
     return path.suffix in weights.SUFFIXES or (path.is_file() and path.suffix != ".py")
 
 
@@ -573,6 +679,8 @@ def load(
     for name in names:
         if (needed := whole[name]["clip"]) and needed not in names:
             raise UserError(f"{name} reads captions or pictures by a CLIP, {needed}; {files[0]}; pass its file too")
+        if (needed := whole[name]["last"]) and needed not in names:
+            raise UserError(f"the last step of {name} is that of {needed}; {files[0]}; pass its file too")
     params = {
         name: traverse_util.unflatten_dict({entry.path: parameter(m.tensors, entry) for entry in table})
         for m in found
@@ -646,9 +754,10 @@ def _check_same_networks(m: Match, config: Mapping[str, Any]) -> None:
 def only(config: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
     """A config without the sections that are not named, and without guidance by a classifier among them.
 
-    A CLIP whose embeddings a named one reads stays, because without it nothing can be said of that.
+    A CLIP whose embeddings a named one reads stays, because without it nothing can be said of that; and so does the
+    network of its last step.
     """
-    needed = {config[name]["clip"] for name in sections}
+    needed = {config[name][field] for name in sections for field in ("clip", "last")}
     left_out = {*configs.trained_sections(config)} - {*sections} - needed
     config = {key: value for key, value in config.items() if key not in left_out}
     config["stages"] = [name for name in config["stages"] if name in sections]
@@ -768,7 +877,8 @@ def export(
     The names are those of openai/guided-diffusion; of openai/glide-text2im for networks that read text, and for a CLIP
     of noisy pictures, whose two files are one here, with 'image.' and 'text.' before the names, and the log of the
     scale as 'logit_scale'; of diffusers' `UNet2DModel` for networks of the DDPM paper; of openai/CLIP for a CLIP of
-    clean pictures; of karlo for priors and for what reads their embeddings.
+    clean pictures; of karlo for priors and for what reads their embeddings, and for upsamplers without attention, of
+    which one file holds two: that of the stage, and that of its last step.
 
     Args:
       workdir: what training or `save` wrote.
@@ -791,10 +901,9 @@ def export(
             f"there is {'no such' if stage else 'more than one'} stage; {workdir}; pass --stage of {sections}"
         )
     stage = stage or sections[0]
-    section = config[stage]
-    average = decay or next((str(d) for d in section["train"]["ema"]), None)
     model = stages.build(config, stage)
-    family, options = _family(section)
+    family, options = _family(config[stage])
+    owners = _owners(config, stage, family, workdir)
     known = [r for r in PUBLISHED if (r.config.replace(":", "_"), r.section) == (config["name"], stage)]
     if family == "openai":
         options = {
@@ -806,13 +915,57 @@ def export(
         raise UserError(
             f"{stage} cannot be written under PyTorch's names: {error}; {workdir}; load it in diffax"
         ) from None
-    folder = pathlib.Path(section["workdir"] or workdir) / stage / "checkpoints"
-    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        step, params, _ = checkpoints.restore_ema(decay=average, raw=average is None)
+    found = {part: _restored(config, name, workdir, decay) for part, name in owners.items()}
+    step, params = next(iter(found.values()))
+    if len(found) > 1:
+        params = {part: params for part, (_, params) in found.items()}
     about = {"format": "pt", "config": config["name"], "stage": stage, "step": str(step), "names": family}
     about |= {key: str(value) for key, value in options.items()}
     weights.write(path, to_torch(params, names), about)
     return step
+
+
+def _owners(config: Mapping[str, Any], stage: str, family: str, workdir: pathlib.Path) -> dict[str, str]:
+    """{part of the file of a stage: the section that has its parameters}, see `Family.parts`; one is the stage itself.
+
+    Raises:
+      UserError: the upsampler of karlo, if one of its two networks is missing.
+    """
+    if family != "karlo-upsampler":
+        return {"": stage}
+    for name in config["stages"]:
+        if config[name]["last"] == stage:
+            raise UserError(
+                f"{stage} is in one file with {name}, whose last step it takes; {workdir}; pass --stage={name}"
+            )
+    owners = {part: config[stage][field] if field else stage for part, field in FAMILIES[family].parts.items()}
+    if not all(owners.values()):
+        raise UserError(
+            f"karlo's file of an upsampler holds a network for the last step too, and {stage} has none; {workdir}; "
+            "load it in diffax"
+        )
+    missing = [name for name in owners.values() if not _checkpoints(config, name, workdir).exists()]
+    if missing:
+        raise UserError(
+            f"karlo's file of an upsampler holds {' and '.join(owners.values())}, and there are no parameters of "
+            f"{' and '.join(missing)}; {workdir}; train it, or convert its file into this workdir"
+        )
+    return owners
+
+
+def _checkpoints(config: Mapping[str, Any], name: str, workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of a section's checkpoints."""
+    return pathlib.Path(config[name]["workdir"] or workdir) / name / "checkpoints"
+
+
+def _restored(
+    config: Mapping[str, Any], name: str, workdir: pathlib.Path, decay: str | None
+) -> tuple[int, dict[str, Any]]:
+    """(training step, an average of the parameters of a section): see `export`."""
+    average = decay or next((str(d) for d in config[name]["train"]["ema"]), None)
+    with checkpoint.Checkpoints(_checkpoints(config, name, workdir), read_only=True) as checkpoints:
+        step, params, _ = checkpoints.restore_ema(decay=average, raw=average is None)
+    return step, params
 
 
 def _family(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -823,4 +976,6 @@ def _family(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "karlo", {}
     if "text" in section["takes"]:
         return "glide", {}
+    if section["net"]["name"] == "unet" and not section["net"]["mid_attention"] and "low_res" in section["takes"]:
+        return "karlo-upsampler", {}
     return ("diffusers", HO) if section["net"]["sinusoid"] == "ho" else ("openai", {})

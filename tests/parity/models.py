@@ -110,6 +110,59 @@ def diffusers_unet(meta, inputs, params):
     return {"y": nchw(jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), time, cond))}
 
 
+def diffusers_decoder(meta, inputs, params):
+    """karlo's decoder in diffusers' two modules; the first half of the pictures has the null image embedding."""
+    unet, proj = meta["config"]["decoder"], meta["config"]["text_proj"]
+    channels, levels = unet["block_out_channels"], len(unet["block_out_channels"])
+    constructor = dict(
+        text_ctx=inputs["text_enc"].shape[1],
+        xf_width=proj["cross_attention_dim"],
+        clip_dim=proj["clip_embeddings_dim"],
+        clip_emb_mult=proj["clip_extra_context_tokens"],
+        clip_emb_type="image",
+        clip_emb_drop=0.1,
+        in_channels=unet["in_channels"],
+        model_channels=channels[0],
+        out_channels=unet["out_channels"],
+        num_res_blocks=unet["layers_per_block"],
+        attention_resolutions=[2**level for level in range(1, levels)],
+        channel_mult=[width // channels[0] for width in channels],
+        num_head_channels=unet["attention_head_dim"],
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    )
+    architecture = convert.karlo.net_config(constructor, model="PLMImUNet", image_size=unet["sample_size"])
+
+    def table_of(network, shape):
+        parts = ("decoder", "text_proj")
+        return [entry for part in parts for entry in convert.karlo.diffusers_decoder_table(network, shape, part=part)]
+
+    network, params, _ = load(architecture, table_of, params)
+    image = jnp.full_like(jnp.asarray(inputs["text_emb"]), jnp.nan).at[-len(inputs["image_emb"]) :]
+    cond = {
+        "image_embedding": image.set(inputs["image_emb"]),
+        "text_embedding": jnp.asarray(inputs["text_emb"]),
+        "text_features": jnp.where(inputs["mask"][..., None] > 0, inputs["text_enc"], jnp.nan),
+    }
+    return {"y": nchw(jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), clock(inputs), cond))}
+
+
+def diffusers_super_res(meta, inputs, params):
+    channels = meta["config"]["block_out_channels"]
+    constructor = dict(
+        channels=channels[0],
+        depth=meta["config"]["layers_per_block"],
+        channels_multiple=[width // channels[0] for width in channels],
+        dropout=0.0,
+    )
+    architecture = convert.karlo.net_config(
+        constructor, model="ImprovedSupRes64to256ProgressiveModel", image_size=inputs["x"].shape[2]
+    )
+    network, params, _ = load(architecture, convert.diffusers.table, params)
+    y = jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), clock(inputs), conditions(inputs))
+    return {"y": nchw(y)}
+
+
 def glide(model, config, inputs, params):
     """(network, parameters) of one of GLIDE's classes."""
     size = inputs["x"].shape[2]
@@ -206,4 +259,6 @@ RUNNERS = {
     "improved_diffusion.SuperResModel": unet_model("SuperResModel"),
     "glide.cfg_model_fn": guided_text_to_image,
     "diffusers.UNet2DModel": diffusers_unet,
+    "diffusers.UNet2DConditionModel": diffusers_decoder,
+    "diffusers.UNet2DModel.super_res": diffusers_super_res,
 } | {f"glide.{model}": text_to_image(model) for model in convert.glide.MODELS}
