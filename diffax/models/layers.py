@@ -111,21 +111,22 @@ def _moments(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
 
 def over_pixels(x: Array) -> Array:
     """Sum over all axes but the first and the last: [B, ..., C] to [B, ..1.., C]."""
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    total = jax.lax.platform_dependent(flat, cpu=_sum_of_halves, default=lambda x: x.sum(1, keepdims=True))
-    return total.reshape(x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1])
+    pixels = tuple(range(1, x.ndim - 1))
+    return jax.lax.platform_dependent(x, cpu=_sum_of_halves, default=lambda x: x.sum(pixels, keepdims=True))
 
 
 def _sum_of_halves(x: Array) -> Array:
-    """Sum over axis 1: adds its halves to each other for as long as it has halves.
+    """`over_pixels`, adding halves to each other for as long as there are two.
 
     A CPU does that with whole vectors at the speed of its memory, where XLA's own sum goes number by number: 5 to 10
     times as fast, and the rounding errors grow with the log of the length.
     """
+    each = (x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1])
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
     while x.shape[1] % 2 == 0:
         first, second = jnp.split(x, 2, axis=1)
         x = first + second
-    return x.sum(1, keepdims=True)
+    return x.sum(1).reshape(each)
 
 
 def _over_groups(x: Array, groups: int) -> Array:
