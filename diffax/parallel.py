@@ -279,6 +279,11 @@ def slice_devices(name: str) -> list[Any]:
             raise UserError(
                 f"libtpu is not installed, which compiles for TPUs; --topology={name}; pip install 'diffax[tpu]'"
             ) from None
+        if "lockfile" in str(error):
+            raise UserError(
+                f"another program uses libtpu; --topology={name}; let it end, or, if there is none, remove the file "
+                f"named here: {error}"
+            ) from None
         like = f"{kind}:{'x'.join('4' * len(dims))}"
         raise UserError(
             f"there is no TPU slice {name!r} ({error}); --topology; sides are even, as in {like}"
