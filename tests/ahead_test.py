@@ -246,7 +246,7 @@ def test_what_a_loop_holds_is_counted_once():
     [
         ("JAX TPU support not installed; cannot generate TPU topology.", "pip install 'diffax[tpu]'"),
         (
-            "ABORTED: error when accessing libtpu multi-process lockfile. Run rm /tmp/lock",
+            "ABORTED: error accessing libtpu multi-process lockfile. Run rm /tmp/lock",
             "another program uses libtpu",
         ),
     ],
