@@ -23,6 +23,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -459,7 +460,7 @@ class Checkpoints:
         free = _free_bytes(self.directory)
         if _is_primary():
             for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                _remove(path)
+                _remove(path, quiet=5)
         if getattr(error, "errno", None) == errno.ENOSPC or re.search("RESOURCE_EXHAUSTED|No space left", str(error)):
             reason = f"disk full (need {_megabytes(need)}, {_megabytes(free or 0)} free)"
         else:
@@ -600,11 +601,14 @@ def _entries(path: pathlib.Path) -> list[str]:
     return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
 
 
-def _remove(path: pathlib.Path) -> None:
-    """Removes a tree into which an aborted write may still be putting files."""
-    for _ in range(3):
-        if path.exists():
-            shutil.rmtree(path, ignore_errors=True)
+def _remove(path: pathlib.Path, quiet: int = 0, patience: float = 2.0) -> None:
+    """Removes a tree; one into which an aborted write may still be putting files, until it was away `quiet` times."""
+    end, away = time.monotonic() + patience, 0
+    while (path.exists() or away < quiet) and time.monotonic() < end:
+        away = 0 if path.exists() else away + 1
+        shutil.rmtree(path, ignore_errors=True)
+        if quiet:
+            time.sleep(0.01)
 
 
 def _free_bytes(path: pathlib.Path) -> int | None:
