@@ -222,7 +222,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 
 def _attend_forward(q, k, v, mask):
-    def default(mask, q, k, v):
+    def default(mask, q, k, v):  # whose backward pass needs no norm
         return _attend(mask, q, k, v), jnp.zeros((*q.shape[:2], 1, q.shape[2]))
 
     out, norm = jax.lax.platform_dependent(mask, q, k, v, cpu=_attend_rows, default=default)
