@@ -985,7 +985,7 @@ def zero_shot_accuracy(
     """
     texts = text_tokenizer(section)([template.format(name.replace("_", " ")) for name in names])
     classes = np.asarray(jax.jit(functools.partial(stages.embed_text, model))(params, texts)["text_embedding"])
-    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    classes = classes / np.linalg.norm(classes, axis=1, keepdims=True)
     run, image = _embedder(model), batch["image"]
     parts = [np.asarray(run(params, image[i : i + batch_size])) for i in range(0, len(image), batch_size)]
     return float(np.mean(np.argmax(np.concatenate(parts) @ classes.T, axis=1) == batch["label"]))

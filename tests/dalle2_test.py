@@ -95,6 +95,22 @@ def test_training_reports(workdir):
     assert "text_top1" in rows["clip"][0] and "vb" in rows["decoder"][0]
 
 
+def test_zero_shot_accuracy_is_the_nearest_captions(workdir):
+    config = configs.to_dict(configs.load("dalle2:tiny", OVERRIDES))
+    model, (params, _) = stages.build_clip(config, "clip"), pipeline.load_params(config, "clip", workdir)
+    rng, names = np.random.default_rng(0), ["circle", "square", "left_ring"]
+    batch = {"image": np.float32(rng.uniform(-1, 1, (10, 8, 8, 3))), "label": rng.integers(0, 3, 10)}
+    got = pipeline.zero_shot_accuracy(model, params, config["clip"], batch, names, template="a {}", batch_size=4)
+    ids = pipeline.text_tokenizer(config["clip"])(["a circle", "a square", "a left ring"])
+    texts = np.asarray(stages.embed_text(model, params, ids)["text_embedding"], float)
+    pictures = np.asarray(stages.embed_image(model, params, batch["image"]), float)
+    cosines = pictures @ texts.T / np.linalg.norm(texts, axis=1)
+    assert got == np.mean(np.argmax(cosines, axis=1) == batch["label"])
+    # Every label moved to what was found: all are right.
+    found = {**batch, "label": np.argmax(cosines, axis=1)}
+    assert pipeline.zero_shot_accuracy(model, params, config["clip"], found, names, template="a {}", batch_size=10) == 1
+
+
 def test_one_call_goes_from_prompt_to_the_largest_picture(dalle2, made):
     assert dalle2.takes == ("text", "clip_text")
     chex.assert_shape([made[n] for n in ("prior", "decoder", "up")], [(4, 4), (4, 8, 8, 3), (4, 16, 16, 3)])
