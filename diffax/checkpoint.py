@@ -497,7 +497,7 @@ def verify(directory: str | os.PathLike[str]) -> list[tuple[int, str | None]]:
 
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds `workdir` for this run; the system releases it when the process dies.
+    """Holds `workdir`, or the folder of one stage, for this run; the system releases it when the process dies.
 
     Of several processes of one run only the first takes the lock.
 

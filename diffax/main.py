@@ -1,6 +1,7 @@
 """The command: `python -m diffax.main --config=configs/quickstart.py` (floor 5)."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -60,7 +61,9 @@ def run_train(job: Job) -> None:
         pipeline.text_tokenizer(config[name])  # a vocabulary that is missing is told of now
         if config[name]["train"]["start_from"]:
             pipeline.starting_params(config[name], name)
-    with checkpoint.lock(job.workdir):
+    with contextlib.ExitStack() as held:
+        for name in names:  # not the whole workdir: its stages may be trained at the same time
+            held.enter_context(checkpoint.lock(job.workdir / name))
         for name in names:
             train_stage(job, name, sources[name])
     makes_pictures = any(configs.makes_pictures(config[name]) for name in config["stages"])

@@ -209,13 +209,13 @@ def test_sampling_with_another_network_is_refused(trained, capfd):
     assert "net.channels=8, config says 16" in capfd.readouterr().err
 
 
-def test_a_workdir_in_use_is_refused(trained, capfd):
+def test_a_stage_in_use_is_refused_and_another_is_not(trained, capfd):
     holder = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "import sys, time; from diffax import checkpoint\n"
-            f"with checkpoint.lock({str(trained)!r}): print('held', flush=True); time.sleep(60)",
+            f"with checkpoint.lock({str(trained / 'base')!r}): print('held', flush=True); time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -227,6 +227,8 @@ def test_a_workdir_in_use_is_refused(trained, capfd):
     finally:
         holder.kill()
         holder.wait()
+    with checkpoint.lock(trained / "up"):
+        assert main.run(micro.flags(trained)) == 0
 
 
 def test_help_lists_modes_configs_and_variants(capsys):
