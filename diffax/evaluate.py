@@ -292,7 +292,8 @@ def _check_same(listing: pathlib.Path, stated: Mapping[str, Any]) -> None:
 def caption_scores(
     sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Iterator[dict]:
-    """Scores pictures of shapes against the captions that they were made from, at every one of the `guidance` scales.
+    """Scores pictures of shapes against the captions that they were made from, at every one of the `guidance` scales
+    of the first stage that makes pictures.
 
     Args:
       sample_fn: the trained model, from its first stage on; it reads text.
@@ -300,12 +301,12 @@ def caption_scores(
       settings: the config's `eval`.
 
     Yields:
-      Rows: guidance, sampler and steps of the first stage; of `num` captions of held-out pictures the scores of
+      Rows: that stage's guidance, sampler and steps; of `num` captions of held-out pictures the scores of
       `judges.caption_scores`; of a fifth as many captions of combinations that training never showed,
       `held_out_accuracy`; Frechet distances to real pictures; what the judge reads rightly in real ones. For pictures:
       `_samples`, `_labels`.
     """
-    num, first = settings["num"], sample_fn.stages[0]
+    num, painter = settings["num"], sample_fn.painter
     if not num:
         return
     judge = judges.captions(section)
@@ -314,14 +315,16 @@ def caption_scores(
     unseen = held_out_captions(section, num // 5) if section["data"]["holdout"] else []
     asked = [prompts[i % len(prompts)] for i in range(num)] + unseen
     for scale in settings["guidance"] or (None,):
-        made = sample_fn(1, prompt=asked, guidance=scale, batch_size=settings["batch_size"])
+        # A prior keeps its own scale: the paper of unCLIP varies the decoder's alone.
+        scales = None if scale is None else {painter.name: scale}
+        made = sample_fn(1, prompt=asked, guidance=scales, batch_size=settings["batch_size"])
         images.check_finite(made)
         row: dict[str, Any] = {
-            "steps": first.num_steps,
-            "sampler": sample_fn.config[first.name]["sampler"]["name"],
+            "steps": painter.num_steps,
+            "sampler": sample_fn.config[painter.name]["sampler"]["name"],
         }
-        if first.is_guided:
-            row["guidance"] = first.scale if scale is None else scale
+        if painter.is_guided:
+            row["guidance"] = painter.scale if scale is None else scale
         row |= {"samples": num} | judges.caption_scores(judge, made[:num], asked[:num])
         if unseen:
             row["held_out_samples"] = len(unseen)
