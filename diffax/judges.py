@@ -63,7 +63,13 @@ class _Reader(NamedTuple):
 
 
 def _train(
-    section: Mapping[str, Any], targets: Mapping[str, int], *, steps: int, channels: int = 32, batch_size: int = 128
+    section: Mapping[str, Any],
+    targets: Mapping[str, int],
+    *,
+    steps: int,
+    channels: int = 32,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
 ) -> _Reader:
     """Trains the encoder half of the U-Net on clean pictures, with an output for each of several labels.
 
@@ -72,6 +78,8 @@ def _train(
       targets: {column of the data: number of its classes}.
       steps: how long, in batches of `batch_size`.
       channels: base width.
+      batch_size: pictures of a step.
+      learning_rate: the first one, of a cosine.
     """
     source = data.load_source(section["data"], shape=section["shape"])
     config = configs.config_defaults("judge")
@@ -82,7 +90,8 @@ def _train(
     mult = (2, 4) if min(c.shape[:2]) < 24 else (1, 2, 4)
     c.net.update(name="classifier", pool="spatial", channels=channels, channel_mult=mult, num_res_blocks=1)
     c.net.update(attention=(), groups=8)
-    c.train.update(steps=steps, batch_size=batch_size, learning_rate=1e-3, anneal="cosine", warmup_steps=50, ema=())
+    c.train.update(steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=50)
+    c.train.update(anneal="cosine", ema=())
     plain = configs.to_dict(config)
     model = stages.build_classifier(plain, "base")
     ends = np.cumsum(list(targets.values()))[:-1]
@@ -181,7 +190,8 @@ def captions(section: Mapping[str, Any], *, steps: int = 1000) -> CaptionJudge:
         "data": {**section["data"], "holdout": (), "label": "label"},
     }
     counts = {name: len(data.shapes.ATTRIBUTES[name]) for name in names}
-    reader = _train(whole, counts, steps=steps, channels=16, batch_size=64)
+    # At 1e-3 it knows 93 % of the shapes of real pictures at 32 pixels and is misled by the grain of drawings.
+    reader = _train(whole, counts, steps=steps, channels=16, batch_size=64, learning_rate=3e-3)
 
     def smaller(pictures: np.ndarray) -> np.ndarray:
         return np.asarray(conditioning.area_downsample(np.asarray(pictures), factor))
