@@ -46,12 +46,12 @@ def get_config(variant: str = ""):
     if "tiny" in variants:
         tiny(config, "shapes")
         stage.shape = (32, 32, 3)
-        stage.low_res.update(factor=2, crop=16)
+        stage.low_res.factor = 2
         stage.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
         stage.net.update(channels=16, channel_mult=(1, 2, 2), attention=(4,), head_channels=16, remat="none")
         stage.predicts = "v"  # with eps, reading the smaller picture takes far longer to learn than minutes
         stage.steps = "fast27"
         stage.train.text_rate = 0.05  # see the base model
-        stage.train.update(steps=1500, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.995,))
+        stage.train.update(steps=3000, batch_size=16, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.995,))
         config.eval.update(num=100, batch_size=50)
     return config
