@@ -7,7 +7,7 @@
 Every section prints a table in Markdown, and writes it with its pictures to --out. Workdirs are of `:tiny` systems: of
 GLIDE (configs/glide.py), of its inpainting model (glide_inpaint_64.py), and of unCLIP (dalle2.py) with a diffusion
 prior and with an autoregressive one (dalle2.py:ar). All is scored on what the first stage that makes pictures makes:
-those that enlarge change no attribute. The judge is trained first, in about a minute.
+those that enlarge change no attribute. The judge is trained first, in a minute or two.
 """
 
 import argparse
@@ -518,7 +518,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch", type=int, default=50, help="pictures made at once")
     p.add_argument("--seed", type=int, default=0, help="of the noise and of what is asked for")
-    p.add_argument("--judge_steps", type=int, default=1000, help="how long the judge is trained")
+    p.add_argument("--judge_steps", type=int, default=2000, help="how long the judge is trained")
     p.add_argument("--points", type=int, default=9, help="interpolate: pictures on a path")
     p.add_argument("--steps", type=lambda text: text.split(","), default=["10", "25", "50", "100"],
                    help="reconstruct: numbers of steps, comma between")  # fmt: skip

@@ -70,6 +70,7 @@ def _train(
     channels: int = 32,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    blur: float = 0.0,
 ) -> _Reader:
     """Trains the encoder half of the U-Net on clean pictures, with an output for each of several labels.
 
@@ -80,6 +81,7 @@ def _train(
       channels: base width.
       batch_size: pictures of a step.
       learning_rate: the first one, of a cosine.
+      blur: three pictures in four are blurred by up to this many pixels.
     """
     source = data.load_source(section["data"], shape=section["shape"])
     config = configs.config_defaults("judge")
@@ -103,7 +105,10 @@ def _train(
         return parts, seen["intermediates"]["features"][0]
 
     def loss(params, extra, batch, keys, position, total, gather=None):
-        parts, _ = look(params, batch["image"].astype(jnp.float32))
+        pictures = batch["image"].astype(jnp.float32)
+        if blur:
+            pictures = conditioning.random_blur(pictures, keys, share=0.75, low=0.0, high=blur)
+        parts, _ = look(params, pictures)
         return sum(losses.cross_entropy(parts[name], batch[name]) for name in targets), {}, ()
 
     objective = stages.Objective(
@@ -162,7 +167,7 @@ class CaptionJudge(NamedTuple):
     accuracy: dict[str, float]
 
 
-def captions(section: Mapping[str, Any], *, steps: int = 1000) -> CaptionJudge:
+def captions(section: Mapping[str, Any], *, steps: int = 2000) -> CaptionJudge:
     """A small network that reads shape, colour, size and place (and, of two things, all of both); trained here.
 
     It sees every combination, also those that the stage's training held out, and no more than 32 pixels a side.
@@ -190,8 +195,9 @@ def captions(section: Mapping[str, Any], *, steps: int = 1000) -> CaptionJudge:
         "data": {**section["data"], "holdout": (), "label": "label"},
     }
     counts = {name: len(data.shapes.ATTRIBUTES[name]) for name in names}
-    # At 1e-3 it knows 93 % of the shapes of real pictures at 32 pixels and is misled by the grain of drawings.
-    reader = _train(whole, counts, steps=steps, channels=16, batch_size=64, learning_rate=3e-3)
+    # At 1e-3 it knows 93 % of the shapes of real pictures of 32 pixels, at 3e-3 98 %. Without blur it is misled by how
+    # sharply the edges of a drawing are drawn: circles were read as squares.
+    reader = _train(whole, counts, steps=steps, channels=16, batch_size=64, learning_rate=3e-3, blur=0.8)
 
     def smaller(pictures: np.ndarray) -> np.ndarray:
         return np.asarray(conditioning.area_downsample(np.asarray(pictures), factor))
