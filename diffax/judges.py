@@ -72,7 +72,7 @@ def _train(
     learning_rate: float = 1e-3,
     blur: float = 0.0,
 ) -> _Reader:
-    """Trains the encoder half of the U-Net on clean pictures, with an output for each of several labels.
+    """Trains the encoder half of the U-Net on pictures without noise, with an output for each of several labels.
 
     Args:
       section: a stage's section.
