@@ -195,8 +195,8 @@ def captions(section: Mapping[str, Any], *, steps: int = 2000) -> CaptionJudge:
         "data": {**section["data"], "holdout": (), "label": "label"},
     }
     counts = {name: len(data.shapes.ATTRIBUTES[name]) for name in names}
-    # In 1,000 steps without blur it knows 93 % of the real shapes of 32 pixels at 1e-3 and 99 % at 3e-3, but reads circles
-    # of drawings as squares. With blur and 2,000 steps it does not; the two were not tried apart.
+    # In 1,000 steps without blur it knows 93 % of the real shapes of 32 pixels at 1e-3 and 99 % at 3e-3, but reads
+    # circles of drawings as squares. With blur and 2,000 steps it rarely does; the two were not tried apart.
     reader = _train(whole, counts, steps=steps, channels=16, batch_size=64, learning_rate=3e-3, blur=0.8)
 
     def smaller(pictures: np.ndarray) -> np.ndarray:
