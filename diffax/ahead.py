@@ -26,6 +26,7 @@ from diffax import images, parallel, reporting, stages, train
 from diffax.errors import RunError, UserError
 
 PROGRAMS = ("train", "sample")
+QUICK = -1.0  # the least effort of XLA to make a program fast
 GIB = 2**30
 
 
@@ -324,7 +325,13 @@ def versions() -> dict[str, str]:
 
 
 def report(
-    config: Mapping[str, Any], name: str, program: str, *, topology: str, folder: str | os.PathLike[str]
+    config: Mapping[str, Any],
+    name: str,
+    program: str,
+    *,
+    topology: str,
+    folder: str | os.PathLike[str],
+    effort: float = QUICK,
 ) -> dict[str, Any]:
     """Compiles one program, or reads what was found when it was compiled before.
 
@@ -333,7 +340,8 @@ def report(
       name: the section.
       program: 'train' or 'sample'.
       topology: a TPU slice such as 'v5e:4x4'; '' for the devices at hand.
-      folder: where reports are kept, one JSON file for each config, topology and versions.
+      folder: where reports are kept, one JSON file for each config, topology, effort and versions.
+      effort: XLA's, to make the program fast: from -1, which compiles up to 25 times as soon, to 1; 0 is that of a run.
 
     Returns:
       A dict of plain values, see `describe`. Of memory in bytes and of work per device.
@@ -346,7 +354,7 @@ def report(
     devices = parallel.slice_devices(topology) if topology else None
     chip = list(parallel.layout("pmap", devices).mesh.devices.flat)
     where = {"kind": chip[0].device_kind, "count": len(chip), "platform": chip[0].platform}
-    key = {"config": config, "section": name, "program": program, "topology": topology, "on": where}
+    key = {"config": config, "section": name, "program": program, "topology": topology, "on": where, "effort": effort}
     text = json.dumps(key | {"versions": versions()}, sort_keys=True)
     file = f"{name}_{program}_{(topology or where['kind']).replace(':', '-').replace(' ', '-')}"
     path = pathlib.Path(folder) / f"{file}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
@@ -362,6 +370,8 @@ def report(
         "parallel": config["parallel"] if program == "train" else "pmap",
         "dtype": c["net"]["dtype"],
         "remat": c["net"]["remat"],
+        "flash": c["net"].get("flash", False),
+        "effort": effort,
         "versions": versions(),
     }
     found |= (_train_report if program == "train" else _sample_report)(config, name, devices, found)
@@ -436,7 +446,7 @@ def _compiled(
     limit = chip.memory if chip else None
     try:
         with telling(f"diffax: compiling {_what(about)}"):
-            compiled = lowered.compile()
+            compiled = lowered.compile({"exec_time_optimization_effort": about["effort"]})
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
@@ -469,7 +479,8 @@ def describe(found: Mapping[str, Any]) -> str:
     """A report as lines of text."""
     each = f"{found['batch_size']} samples" if found["program"] == "sample" else f"batch {found['batch_size']}"
     more = f" in {found['accumulate']} microbatches" if found.get("accumulate", 1) > 1 else ""
-    lines = [f"{_what(found)}, {found['parallel']}, {each}{more}, {found['dtype']}, remat {found['remat']}"]
+    more += f", {found['dtype']}, remat {found['remat']}" + ", flash attention" * found["flash"]
+    lines = [f"{_what(found)}, {found['parallel']}, {each}{more}"]
     limit = f" of {_size(found['limit'])}" if found.get("limit") else ""
     if found["fits"] is False:
         lines.append(f"  does not fit: {_size(found['total'])}{limit} on each device")
@@ -500,21 +511,22 @@ def describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ("config", "program", "devices", "how", "memory", "TFLOP", "GB", "roofline", "images/s", "days")
+COLUMNS = ("config", "program", "devices", "how", "memory", "TFLOP", "GB", "roofline", "of peak", "images/s", "days")
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Reports as a Markdown table: memory and work per device."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for row in found:
-        how = [row["parallel"], row["dtype"], *(["remat"] if row["remat"] != "none" else [])]
+        how = [row["parallel"], row["dtype"], *(key for key in ("remat", "flash") if row[key] not in ("none", False))]
         how += [f"batch {row['batch_size']}" + (f" / {row['accumulate']}" if row.get("accumulate", 1) > 1 else "")]
         limit = f" of {row['limit'] / GIB:.1f}" if row.get("limit") else ""
-        work = ["", "", "", "", ""]
+        work = [""] * 6
         if row["fits"] is not False:
             work[:2] = [f"{row['flops'] / 1e12:.2f}", f"{row['accessed'] / 1e9:.1f}"]
         if "seconds" in row:
-            work[2:] = [f"{1000 * row['seconds']:,.0f} ms, {row['bound']}", f"{row['images_per_second']:,.0f}"]
+            share = f"{row['flops'] / row['seconds'] / CHIPS[row['kind']].flops:.0%}"
+            work[2:] = [f"{1000 * row['seconds']:,.0f} ms, {row['bound']}", share, f"{row['images_per_second']:,.0f}"]
             work += [f"{row['days']:,.1f}" if "days" in row else ""]
         memory = f"{row['total'] / GIB:.1f}{limit} GiB" + (" **does not fit**" if row["fits"] is False else "")
         devices = row["topology"] or f"{row['count']} x {row['kind']}"

@@ -199,6 +199,7 @@ STAGE: dict[str, Field] = {
     "net.activation": _choice("gelu", "gelu", "quick_gelu"),
     "net.dtype": _choice("float32", "float32", "bfloat16"),
     "net.remat": _choice("none", "none", "blocks"),
+    "net.flash": Field(False, bool),
     "schedule.name": _choice("linear", "linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine", *CONTINUOUS),
     "schedule.steps": _int(1000, 1, 10**6),
     "schedule.beta_start": _float(1e-4, 0, 1, above=True),

@@ -680,7 +680,8 @@ def run_compile(job: Job) -> None:
         for program in [args.program] if args.program else ahead.PROGRAMS:
             if program == "sample" and not configs.is_sampled(config[name]):
                 continue
-            row = ahead.report(config, name, program, topology=args.topology, folder=job.workdir / "ahead")
+            asked = dict(topology=args.topology, effort=args.effort, folder=job.workdir / "ahead")
+            row = ahead.report(config, name, program, **asked)
             print(ahead.describe(row), flush=True)
             if "cached" in row:
                 print(f"  from {row['cached']}; delete it to compile again")
@@ -762,6 +763,12 @@ def parser() -> argparse.ArgumentParser:
         "--topology", default="", metavar="SLICE", help="compile: for this TPU slice, such as v5e:4x4 (diffax[tpu])"
     )
     p.add_argument("--program", help=f"compile: {' or '.join(ahead.PROGRAMS)} alone")
+    p.add_argument(
+        "--effort",
+        type=float,
+        default=ahead.QUICK,
+        help="compile: XLA's, from -1 (default: soon done) to 1; 0 is that of a run, and takes up to 25 times as long",
+    )
     p.add_argument("--output", help="sample, edit: the picture to write (default WORKDIR/samples.png)")
     p.add_argument("--overwrite", action="store_true", help="sample, edit: replace the output")
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (diffax[log])")
@@ -821,6 +828,8 @@ def prepare(argv: Sequence[str]) -> Job:
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
     if args.program not in (None, *ahead.PROGRAMS):
         raise UserError(f"unknown --program={args.program}; command line; use {' or '.join(ahead.PROGRAMS)}")
+    if not -1 <= args.effort <= 1:
+        raise UserError(f"--effort={args.effort} is not from -1 to 1; command line; use 0 for what a run gets")
     if args.topology and args.mode != "compile":
         raise UserError("a slice that is not here runs nothing; --topology; pass --mode=compile with it")
     set_cpu_flags()

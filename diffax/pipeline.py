@@ -68,6 +68,7 @@ NOT_IN_THE_NETWORK = (
     "net.dropout",
     "net.dtype",
     "net.remat",
+    "net.flash",
 )
 
 

@@ -40,6 +40,7 @@ MAY_DIFFER = (
     "data.max_bad",
     "data.workers",
     "net.remat",
+    "net.flash",
     "low_res.level",
     "low_res.truncated",
     "guidance",

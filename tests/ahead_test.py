@@ -165,6 +165,8 @@ def test_train_step_and_sampler_are_compiled_and_remembered(tmp_path, capsys, mo
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled again"))
     assert compile_micro(tmp_path) == 0
     assert capsys.readouterr().out.count("delete it to compile again") == 2
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: (_ for _ in ()).throw(errors.RunError("asked again")))
+    assert compile_micro(tmp_path, "--effort=0") == 1 and "asked again" in capsys.readouterr().err
     lines = (tmp_path / "ahead" / "report.md").read_text().splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
@@ -186,11 +188,12 @@ def test_a_program_that_does_not_fit_is_told_what_would(tmp_path, capsys, monkey
 
 
 ABOUT = {"program": "train", "config": "c", "section": "base", "kind": "toy", "count": 2, "platform": "gpu"}
+ABOUT |= {"effort": -1.0}
 
 
 def test_what_else_the_compiler_says_ends_the_run():
     class Lowered:
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError("INTERNAL: no")
 
     with pytest.raises(
@@ -213,19 +216,25 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
             return {"flops": 1e10, "bytes accessed": 1e9, "optimal_seconds": -754.0}
 
     class Lowered:
-        def compile(self):
+        def compile(self, options):
+            assert options == {"exec_time_optimization_effort": -1.0}
             return Compiled()
 
     found = ahead._compiled(Lowered(), ABOUT, held=0, loops=3, outside=0.2e9)
     assert found["total"] == 555 and found["fits"] is True
     assert found["accessed"] == pytest.approx(0.2e9 + 3 * 0.8e9), "what is outside of the loop is not multiplied"
     assert found["seconds"] == pytest.approx(3e-3) and found["bound"] == "arithmetic"
-    more = {"parallel": "pmap", "dtype": "bfloat16", "remat": "none", "topology": "", "batch_size": 30, "steps": 100}
+    more = {"parallel": "pmap", "dtype": "bfloat16", "remat": "none", "flash": True, "topology": "", "batch_size": 30}
+    more |= {"steps": 100}
     row = ABOUT | found | more | {"accumulate": 3, "images_per_second": 1e4, "days": 3e-3 * 100 / 86400}
     said = ahead.describe(row)
-    assert "batch 30 in 3 microbatches" in said and "30.0 GFLOP and 2.60 GB accessed" in said
+    assert (
+        "batch 30 in 3 microbatches, bfloat16, remat none, flash attention" in said
+        and "30.0 GFLOP and 2.60 GB accessed" in said
+    )
     assert "3.0 ms, bound by arithmetic, 100 % of the peak; 10,000.0 images/s" in said and "-754" not in said
-    assert "| 3 ms, arithmetic | 10,000 | 0.0 |" in ahead.table([row])
+    assert "| pmap, bfloat16, flash, batch 30 / 3 |" in ahead.table([row])
+    assert "| 3 ms, arithmetic | 100% | 10,000 | 0.0 |" in ahead.table([row])
 
 
 def test_what_a_loop_holds_is_counted_once():
@@ -256,7 +265,7 @@ def test_without_libtpu_one_line_says_so(tmp_path, capsys, monkeypatch, error, a
         raise RuntimeError(error)
 
     monkeypatch.setattr(parallel.topologies, "get_topology_desc", missing)
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, "1")
     assert compile_micro(tmp_path, "--topology=v5e:4x4") == 2
     said = capsys.readouterr().err
@@ -269,11 +278,12 @@ def test_without_libtpu_one_line_says_so(tmp_path, capsys, monkeypatch, error, a
     [
         (["--topology=v5e:4x4x4"], "there is no TPU slice 'v5e:4x4x4'"),
         (["--program=steps"], "unknown --program=steps"),
+        (["--effort=2"], "--effort=2.0 is not from -1 to 1"),
         (["--topology=v5e:4x4", "--mode=train"], "pass --mode=compile with it"),
     ],
 )
 def test_bad_flags(tmp_path, capsys, monkeypatch, flags, message):
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, "1")
     assert compile_micro(tmp_path, *flags) == 2
     assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Laws of the networks: shapes, sizes, precision, independence of the images, bad options."""
 
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental.pallas import tpu as pltpu
 
 from diffax import models
 from diffax.models import layers
@@ -496,6 +499,31 @@ def test_group_norm_gradient_against_autodiff(shape, silu):
     chex.assert_trees_all_close(got_vjp(dy), want_vjp(dy), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("offset, atol", [(0.0, 1e-2), (100.0, 3e-2)])
+def test_group_norm_in_bfloat16_against_float64(offset, atol):
+    """Of the same bfloat16 numbers; their mean is up to 100 times what float32's one pass would have to tell apart."""
+    x, dy = (jax.random.normal(jax.random.key(i), (2, 16, 16, 12)) for i in range(2))
+    x, gain, bias = (20 * x + 20 * offset).astype(jnp.bfloat16), jnp.full((2, 1, 1, 12), 1.5), jnp.zeros((2, 1, 1, 12))
+    groups = np.asarray(x, np.float64).reshape(2, -1, 3, 4)
+    mean, std = groups.mean((1, 3), keepdims=True), groups.std((1, 3), keepdims=True)
+    normal = ((groups - mean) / std).reshape(x.shape)
+    got, vjp = jax.vjp(lambda *a: layers.group_norm(*a, 3, 1e-5), x, gain, bias)
+    np.testing.assert_allclose(got, 1.5 * normal, atol=atol)
+
+    def over_group(a):
+        return np.broadcast_to(a.reshape(2, -1, 3, 4).mean((1, 3), keepdims=True), groups.shape).reshape(x.shape)
+
+    dx, dgain, dbias = vjp(dy)
+    dy = 1.5 * np.asarray(dy, np.float64)
+    want = (dy - over_group(dy) - normal * over_group(dy * normal)) / np.broadcast_to(std, groups.shape).reshape(
+        x.shape
+    )
+    assert dx.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(dx, np.float64), want, atol=2e-2 * np.abs(want).max())
+    np.testing.assert_allclose(dbias, dy.sum((1, 2), keepdims=True) / 1.5, atol=1e-3)
+    np.testing.assert_allclose(dgain, (dy * normal).sum((1, 2), keepdims=True) / 1.5, rtol=2e-2, atol=0.1)
+
+
 def test_attend_against_float64():
     q, k, v = (np.random.default_rng(i).standard_normal((2, 3, n, 8)) for i, n in enumerate((5, 7, 7)))
     logits = q @ k.swapaxes(-1, -2) / np.sqrt(8)
@@ -519,6 +547,49 @@ def test_only_a_cpu_attends_picture_by_picture(platform, loops):
     x = jax.ShapeDtypeStruct((2, 3, 4, 8), jnp.float32)
     program = jax.jit(layers.attend).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in program) is loops
+
+
+@pytest.mark.parametrize("mask", [None, 1, 2])
+def test_a_tpus_flash_attention_is_attention(mask):
+    """The kernel, interpreted: values and gradients, with keys that are not seen."""
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), (2, 2, n, 16)) for i, n in enumerate((256, 384, 384, 256)))
+    seen = None if mask is None else jax.random.bernoulli(jax.random.key(9), 0.6, (mask, 1, 384))
+    want, want_vjp = jax.vjp(lambda *a: layers._attend(seen, *a), q, k, v)
+    with pltpu.force_tpu_interpret_mode():
+        got, got_vjp = jax.vjp(lambda *a: layers._flash_on_tpu(*a, seen), q, k, v)
+        chex.assert_trees_all_close((got, got_vjp(dout)), (want, want_vjp(dout)), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "platform, tokens, dtype, mask, kernel",
+    [
+        ("tpu", 1024, "float32", None, "tpu_custom_call"),
+        ("tpu", 1024, "bfloat16", (2, 1), "tpu_custom_call"),
+        ("tpu", 1024, "bfloat16", (2, 1024), None),  # a mask for each query
+        ("tpu", 256, "bfloat16", None, None),  # too few to be worth it
+        ("tpu", 1056, "bfloat16", None, None),  # not in blocks of 128
+        ("cuda", 64, "bfloat16", None, "__cudnn$fmhaSoftmax"),
+        ("cuda", 64, "bfloat16", (1, 1), "__cudnn$fmhaScaleBiasSoftmax"),
+        ("cuda", 64, "float32", None, None),
+        ("cpu", 1024, "bfloat16", None, None),
+    ],
+)
+def test_flash_attention_is_the_devices_own_where_it_has_one(monkeypatch, platform, tokens, dtype, mask, kernel):
+    monkeypatch.setattr(layers, "_is_on_cuda", lambda: platform == "cuda")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # there is none to ask
+    x = jax.ShapeDtypeStruct((2, 2, tokens, 32), dtype)
+    mask = None if mask is None else jax.ShapeDtypeStruct((*mask, tokens), bool)
+    grad = jax.jit(jax.grad(lambda q, k, v, mask: layers.flash_attend(q, k, v, mask).astype(jnp.float32).sum()))
+    program = grad.trace(x, x, x, mask).lower(lowering_platforms=(platform,)).as_text()
+    found = {name for name in re.findall(r"custom_call @([\w$]+)", program) if "cudnn" in name or "tpu" in name}
+    assert any(name.startswith(kernel) for name in found) if kernel else not found
+
+
+def test_flash_attention_on_a_cpu_is_that_of_attend():
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 32))
+    nets = [layers.AttentionBlock(Style(groups=8, flash=flash), heads=2) for flash in (False, True)]
+    params = jax.tree.map(lambda a: a + 0.1, nets[0].init(jax.random.key(1), x))
+    chex.assert_trees_all_equal(*(net.apply(params, x) for net in nets))
 
 
 def test_a_sum_over_pixels_against_float64():

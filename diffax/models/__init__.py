@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from diffax.models.clip import CLIP
 from diffax.models.conditioners import RESIZES, Clock, Inpaint, Label, LowRes
-from diffax.models.layers import KERNEL_INITS, PADS, SINUSOIDS, Style, choose, sinusoid
+from diffax.models.layers import KERNEL_INITS, PADS, REMATS, SINUSOIDS, Style, choose, sinusoid
 from diffax.models.prior import CodePrior, Prior, sample_codes
 from diffax.models.text import Text
 from diffax.models.unclip import ClipEmbedding, ClipFeatures, ClipSizes, Similarity, Tokens
-from diffax.models.unet import POOLS, REMATS, RESAMPLES, Classifier, Context, Encoder, UNet
+from diffax.models.unet import POOLS, RESAMPLES, Classifier, Context, Encoder, UNet
 
 __all__ = [
     "CLIP",

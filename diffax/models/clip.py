@@ -9,14 +9,15 @@ import jax.numpy as jnp
 
 from diffax.models.layers import (
     ACTIVATIONS,
+    REMATS,
     Style,
     TransformerBlock,
     causal,
     choose,
     kernel_init,
     layer_norm,
+    rematerialized,
 )
-from diffax.models.unet import REMATS
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ class Tower(nn.Module):
       heads: attention heads of each.
       hidden: width of a block's hidden layer; 0: 4 W.
       activation: key of `layers.ACTIVATIONS`; 'quick_gelu' in OpenAI's models, 'gelu' in GLIDE's.
-      remat: 'none', or 'blocks': keep only the blocks' inputs for the backward pass.
+      remat: what is computed again for the backward pass, see `layers.rematerialized`.
     """
 
     style: Style = Style()
@@ -52,8 +53,7 @@ class Tower(nn.Module):
 
     def blocks(self, style: Style, h: Array, mask: Array | None = None, **init) -> Array:
         """[B, T, W] -> [B, T, W] in the compute dtype."""
-        remat = nn.remat(TransformerBlock)
-        block = choose({"none": TransformerBlock, "blocks": remat}, self.remat, "remat")
+        block = rematerialized(TransformerBlock, self.remat)
         for i in range(self.layers):
             h = block(style, self.heads, self.activation, self.hidden, name=f"block_{i}", **init)(h, mask)
         return h

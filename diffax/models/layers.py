@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend import backend
 
 Array = jax.Array
 
@@ -29,6 +30,19 @@ SINUSOIDS = {"openai": ((jnp.cos, jnp.sin), 0), "ho": ((jnp.sin, jnp.cos), 1)}
 PADS = {"both": (1, 1), "end": (0, 1)}
 
 
+REMATS: dict[str, Callable[[type[nn.Module]], type[nn.Module]]] = {"none": lambda block: block, "blocks": nn.remat}
+
+
+def rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A kind of block whose backward pass computes the forward pass again (Chen et al. 2016).
+
+    Args:
+      block: a kind of module.
+      remat: 'none': autodiff and XLA decide what is kept; 'blocks': the block's input alone.
+    """
+    return choose(REMATS, remat, "remat")(block)
+
+
 class Style(NamedTuple):
     """What all layers of one network share.
 
@@ -37,12 +51,14 @@ class Style(NamedTuple):
       norm_eps: added to the variance (1e-6 in Ho's code, 1e-5 in OpenAI's).
       kernel_init: 'torch' or 'ho'; biases start at zero in both.
       dtype: compute dtype, 'float32' or 'bfloat16'.
+      flash: whether attention is a GPU's or TPU's own kernel, where it has one for such arrays: see `flash_attend`.
     """
 
     groups: int = 32
     norm_eps: float = 1e-5
     kernel_init: str = "torch"
     dtype: str = "float32"
+    flash: bool = False
 
 
 def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -102,10 +118,16 @@ def sinusoid(time: Array, width: int, kind: str = "openai", max_period: float = 
 
 
 def _moments(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
-    """Mean and 1 / standard deviation of each group, [B, ..1.., C]; two passes, as one cancels."""
-    pixels = math.prod(x.shape[1:-1])
+    """Mean and 1 / standard deviation of each group, [B, ..1.., C] float32.
+
+    Of float32 in two passes, as E[x^2] - mean^2 cancels where the mean is large. Of bfloat16 in one, which XLA makes
+    part of whatever wrote x: what cancels in float32 is less than the rounding of x to bfloat16 has done already.
+    """
+    one_pass, x, pixels = x.dtype == jnp.bfloat16, x.astype(jnp.float32), math.prod(x.shape[1:-1])
     mean = _over_groups(over_pixels(x) / pixels, groups)
-    variance = _over_groups(over_pixels(jnp.square(x - mean)) / pixels, groups)
+    about = 0 if one_pass else mean
+    variance = _over_groups(over_pixels(jnp.square(x - about)) / pixels, groups)
+    variance = jnp.maximum(variance - jnp.square(mean), 0) if one_pass else variance
     return mean, jax.lax.rsqrt(variance + eps)
 
 
@@ -158,7 +180,7 @@ def group_norm(x: Array, gain: Array, bias: Array, groups: int, eps: float, silu
 
 
 def _forward(x, gain, bias, groups, eps, silu):
-    mean, rstd = _moments(x.astype(jnp.float32), groups, eps)
+    mean, rstd = _moments(x, groups, eps)
     y = _affine(x, gain, bias, mean, rstd)
     return nn.silu(y) if silu else y, (x, gain, bias, mean, rstd)
 
@@ -177,6 +199,8 @@ def _backward(groups, eps, silu, saved, dy):
     size = math.prod(x.shape[1:-1])
     dbias = over_pixels(dy)
     dgain = over_pixels(dy * (x - mean)) * rstd
+    if x.dtype != dy.dtype:  # the sums are done: what is left is passed on, and kept until then, in x's precision
+        dy = jax.lax.optimization_barrier(dy.astype(x.dtype))
     slope = _over_groups(gain * dgain, groups) / size * jnp.square(rstd)
     level = _over_groups(gain * dbias, groups) / size * rstd
     dx = dy * (gain * rstd) - x * slope + (mean * slope - level)
@@ -237,6 +261,57 @@ def _attend_backward(saved, dout):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+FLASH_BLOCKS = (512, 384, 256, 128)  # of tokens, of which the largest that divides them is taken
+
+
+def flash_attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """`attend` that never stores the weights [B, heads, T, S] (Dao et al. 2022), by the kernels of others.
+
+    On a TPU JAX's Pallas kernel, for tokens in multiples of 128, at least 1024 of them: it stores its statistics 128
+    times, and for fewer tokens XLA moves fewer bytes. On a GPU cuDNN's, for bfloat16 and heads of at most 128 channels,
+    in multiples of 8. Else, on a CPU, and for masks that differ by query, as `attend`.
+
+    Args:
+      q, k, v, mask: see `attend`.
+    """
+    mask_by_key = mask is None or mask.shape[1] == 1
+    tokens, keys, channels = q.shape[2], k.shape[2], q.shape[3]
+    kernels = {}
+    if mask_by_key and tokens >= 1024 and tokens % 128 == 0 and keys % 128 == 0:
+        kernels["tpu"] = _flash_on_tpu
+    # JAX asks for cuDNN's version as soon as the call is traced
+    if mask_by_key and q.dtype == jnp.bfloat16 and channels in range(8, 129, 8) and _is_on_cuda():
+        kernels["cuda"] = _flash_on_gpu
+    return jax.lax.platform_dependent(q, k, v, mask, **kernels, default=attend)
+
+
+def _is_on_cuda() -> bool:
+    return "cuda" in backend.get_backend().platform_version
+
+
+def _flash_on_tpu(q, k, v, mask):
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    def block(length: int) -> int:
+        return next(size for size in FLASH_BLOCKS if length % size == 0)
+
+    batch, _, tokens, channels = q.shape
+    at_q, at_k = block(tokens), block(k.shape[2])
+    # the kernel of dq is told sum(dout out) once for each column of its block of keys: the narrowest
+    sizes = pallas.BlockSizes(at_q, at_k, at_k, 1, at_q, at_k, at_k, at_q, 128, 128, at_q)
+    seen = None
+    if mask is not None:  # tokens see those of their own segment
+        kv = jnp.broadcast_to(mask[:, 0], (batch, k.shape[2])).astype(jnp.int32)
+        seen = pallas.SegmentIds(q=jnp.ones((batch, tokens), jnp.int32), kv=kv)
+    return pallas.flash_attention(q, k, v, segment_ids=seen, sm_scale=channels**-0.5, block_sizes=sizes)
+
+
+def _flash_on_gpu(q, k, v, mask):
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    mask = None if mask is None else jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn").transpose(0, 2, 1, 3)
 
 
 def _attend(mask, q, k, v):
@@ -342,7 +417,11 @@ class SelfAttention(nn.Module):
             k, v = jnp.concatenate([first_k, k], 2), jnp.concatenate([first_v, v], 2)
         if self.is_mutable_collection("cache") and not self.is_initializing():
             k, v = self._remember("k", k, at), self._remember("v", v, at)
-        mixed = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
+        mixed = (
+            (flash_attend if self.style.flash else attend)(q, k, v, mask)
+            .transpose(0, 2, 1, 3)
+            .reshape(batch, tokens, channels)
+        )
         return dense(self.style, self.features, zero=self.zero, gain=self.gain, name="proj")(mixed)
 
     def _remember(self, name: str, value: Array, at: Array | None) -> Array:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffax.models.layers import Style, TransformerBlock, causal, choose, dense, layer_norm, sinusoid
+from diffax.models.layers import Style, TransformerBlock, causal, dense, layer_norm, rematerialized, sinusoid
 from diffax.models.unet import Context
 
 Array = jax.Array
@@ -29,7 +29,7 @@ class _Transformer(nn.Module):
       layers: number of blocks.
       heads: attention heads of each.
       norm_eps, kernel_init, dtype: see `layers.Style`.
-      remat: 'none', or 'blocks': keep only the blocks' inputs for the backward pass.
+      remat: what is computed again for the backward pass, see `layers.rematerialized`.
     """
 
     width: int = 2048
@@ -50,7 +50,7 @@ class _Transformer(nn.Module):
 
     def read(self, h: Array, mask: Array, sequence: Array | None = None, at: Array | None = None) -> Array:
         """All blocks and the last norm: [B, T, width] -> [B, T, width] float32; see `TransformerBlock`."""
-        block = choose({"none": TransformerBlock, "blocks": nn.remat(TransformerBlock)}, self.remat, "remat")
+        block = rematerialized(TransformerBlock, self.remat)
         h = h.astype(self.dtype)
         for i in range(self.layers):
             h = block(self.style, self.heads, name=f"block_{i}")(h, mask, sequence, at)

@@ -22,13 +22,13 @@ from diffax.models.layers import (
     conv,
     dense,
     downsample,
+    rematerialized,
     sinusoid,
     upsample,
 )
 
 Array = jax.Array
 RESAMPLES = ("conv", "pool", "biggan")
-REMATS = ("none", "blocks")
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
@@ -64,9 +64,9 @@ class Encoder(nn.Module):
         (residual blocks that change the size).
       downsample_pad: 'both' edges or the 'end' only; of 'conv'.
       sinusoid: 'openai' or 'ho', see `layers.sinusoid`.
-      norm_eps, groups, kernel_init, dtype: see `layers.Style`.
+      norm_eps, groups, kernel_init, dtype, flash: see `layers.Style`.
       mid_attention: whether the two middle blocks have attention between them.
-      remat: 'none', or 'blocks': keep only the blocks' inputs for the backward pass.
+      remat: what is computed again for the backward pass, see `layers.rematerialized`.
     """
 
     channels: int = 128
@@ -86,10 +86,11 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     mid_attention: bool = True
     remat: str = "none"
+    flash: bool = False
 
     @property
     def style(self) -> Style:
-        return Style(self.groups, self.norm_eps, self.kernel_init, self.dtype)
+        return Style(self.groups, self.norm_eps, self.kernel_init, self.dtype, self.flash)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -98,14 +99,12 @@ class Encoder(nn.Module):
 
     def res_block(self, width: int, name: str, resample=None):
         """A function (x, vector, dropout keys) -> x."""
-        remat = nn.remat(ResBlock)
-        block = choose({"none": ResBlock, "blocks": remat}, self.remat, "remat")
+        block = rematerialized(ResBlock, self.remat)
         return block(self.style, width, self.dropout, self.scale_shift, resample, name=name)
 
     def attention_block(self, width: int, heads: int, name: str):
         """A function (x, sequence, mask) -> x."""
-        remat = nn.remat(AttentionBlock)
-        block = choose({"none": AttentionBlock, "blocks": remat}, self.remat, "remat")
+        block = rematerialized(AttentionBlock, self.remat)
         return block(self.style, self.num_heads(width, heads), name=name)
 
     def num_heads(self, width: int, heads: int) -> int:
