@@ -208,6 +208,7 @@ def prepare_train(config: Mapping, name: str) -> Prepared:
     start = time.perf_counter()
     step = run.step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
+    parallel.trim_memory()  # as training does
 
     def once():
         nonlocal state

@@ -6,6 +6,7 @@ this process's part of the global batch.
 
 import collections
 import contextlib
+import ctypes
 import functools
 import itertools
 import math
@@ -163,6 +164,12 @@ def compile_step(where: Layout, step: Callable, state: Any) -> Callable:
         out_shardings=(kept, where.replicated),
         donate_argnums=(0,),
     )
+
+
+def trim_memory() -> None:
+    """Gives the system back what compiling left behind: glibc keeps it, half a gigabyte after one train step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def fetch(tree: Any) -> Any:

@@ -454,6 +454,8 @@ def fit(
         for step in range(start + 1, c["steps"] + 1):
             host, batch = next(stream)
             state, metrics = run.step(state, batch)
+            if step == start + 1:  # it has compiled
+                parallel.trim_memory()
             # One step stays in flight: its numbers are read while the next one runs.
             pending.append((step, host.get("index"), metrics))
             settle(1)

@@ -221,6 +221,19 @@ def test_the_step_compiles_once():
         state, _ = step(state, batch)
 
 
+def test_what_compiling_left_behind_is_given_back_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train.parallel, "trim_memory", lambda: calls.append(1))
+    fit(make(steps=3), tmp_path)
+    assert calls == [1]
+
+
+def test_memory_is_trimmed_where_the_c_library_can(monkeypatch):
+    train.parallel.trim_memory()
+    monkeypatch.setattr(train.parallel.ctypes, "CDLL", lambda _: object())  # one without malloc_trim
+    train.parallel.trim_memory()
+
+
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, mode, capfd):
     run = make(mode, poison=True)
