@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--model", default="adm_imagenet_64", help="config to model a slice for")
     parser.add_argument("--pictures", type=int, default=8, help="of it, on each chip (default 8)")
     parser.add_argument(
-        "--share", type=float, default=0.29, help="of its peak that a chip reaches alone (default 0.29)"
+        "--share", type=float, default=0.55, help="of its peak that a chip reaches alone (default 0.55)"
     )
     parser.add_argument("--output", default="runs/scaling", help="where the report goes (default runs/scaling)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

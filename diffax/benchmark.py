@@ -209,10 +209,12 @@ def prepare_train(config: Mapping, name: str) -> Prepared:
     step = run.step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
     parallel.trim_memory()  # as training does
+    # of several processes each has its own part of the batch, which a program compiled ahead does not take under pmap
+    call = step if parallel.process_count() == 1 else run.step
 
     def once():
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = call(state, batch)
         return metrics
 
     n = config[name]["train"]["batch_size"]

@@ -96,6 +96,23 @@ def shardings(where: Layout, tree: Any) -> Any:
     return jax.tree.map(cut, tree)
 
 
+def gathered(where: Layout | None, params: Any) -> Any:
+    """Within a program: parameters whole on every device, to compute with; their gradient is summed over the devices.
+
+    Left to itself XLA's partitioner takes the cut of a kernel over to the pictures, and moves these between devices.
+    """
+    if where is None or where.mode != "fsdp":
+        return params
+    return jax.lax.with_sharding_constraint(params, where.replicated)
+
+
+def cut(where: Layout | None, tree: Any) -> Any:
+    """Within a program: what is like the parameters, such as their gradient, divided over the devices as they are."""
+    if where is None or where.mode != "fsdp":
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(where, tree))
+
+
 def abstract(where: Layout, init: Callable, *args) -> Any:
     """The result of `init(*args)` as shapes with their shardings, nothing computed."""
     shapes = jax.eval_shape(init, *args)

@@ -167,6 +167,7 @@ def train_step(
     accumulate: int = 1,
     sam: float = 0.0,
     ema_warmup: bool = False,
+    where: parallel.Layout | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
     """One update from one batch.
@@ -185,6 +186,7 @@ def train_step(
       sam: rho of `sharpness_aware`, 0: without. Under pmap each device climbs by its own part of a microbatch (DALL-E
         2, appendix C: 64 pairs), otherwise by all of it.
       ema_warmup: start the averages with a short memory, min(decay, (1 + step) / (10 + step)).
+      where: the layout, of which fsdp gathers the parameters and divides the gradients again.
       axis_name: the axis to average over under pmap.
 
     Returns:
@@ -200,14 +202,19 @@ def train_step(
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True) if axis_name else None
 
     def loss_fn(params, batch, keys, position):
+        params = parallel.gathered(where, params)
         loss, metrics, feedback = objective.loss(params, state.extra, batch, keys, position, n * shards, gather)
         return jnp.mean(loss), (metrics, feedback)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     grad_fn = sharpness_aware(grad_fn, sam) if sam else grad_fn
 
-    def microbatch(total, part):
+    def gradient(*part):
         (loss, (metrics, feedback)), grads = grad_fn(state.params, *part)
+        return (loss, (metrics, feedback)), parallel.cut(where, grads)
+
+    def microbatch(total, part):
+        (loss, (metrics, feedback)), grads = gradient(*part)
         return jax.tree.map(jnp.add, total, (loss, grads, metrics)), feedback
 
     # Every accumulate-th example goes into one microbatch: a batch cut over devices stays where it is.
@@ -215,9 +222,9 @@ def train_step(
         lambda a: jnp.moveaxis(a.reshape(n // accumulate, accumulate, *a.shape[1:]), 1, 0), (batch, keys, position)
     )
     if accumulate == 1:
-        (loss, (metrics, feedback)), grads = grad_fn(state.params, batch, keys, position)
+        (loss, (metrics, feedback)), grads = gradient(batch, keys, position)
     else:
-        shapes = jax.eval_shape(grad_fn, state.params, *jax.tree.map(lambda a: a[0], parts))
+        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], parts))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0][0], shapes[1], shapes[0][1][0]))
         (loss, grads, metrics), feedback = jax.lax.scan(microbatch, zeros, parts)
         loss, grads = jax.tree.map(lambda a: a / accumulate, (loss, grads))
@@ -285,6 +292,7 @@ class Run:
             accumulate=self.c["accumulate"],
             sam=self.c["sam"],
             ema_warmup=self.c["ema_warmup"],
+            where=self.where,
         )
         self.abstract = parallel.abstract(self.where, self._init)
         self.step = parallel.compile_step(self.where, step, self.abstract)
