@@ -42,6 +42,11 @@ class Layout(NamedTuple):
     devices: tuple[Any, ...] | None = None
 
     @property
+    def platform(self) -> str:
+        """'cpu', 'gpu' or 'tpu'."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def axis_name(self) -> str | None:
         """The name to average over inside the step; None where the compiler does it."""
         return AXIS if self.mode == "pmap" else None

@@ -274,6 +274,9 @@ class Run:
       seed: of initialisation, noise and data order.
       mode: 'pmap', 'jit' or 'fsdp'.
       devices: to run on, or to compile for; None: all that there are.
+
+    Raises:
+      UserError: flash attention is asked for where it cannot be divided.
     """
 
     def __init__(self, objective: Objective, section: Mapping, *, seed: int, mode: str, devices=None):
@@ -281,6 +284,11 @@ class Run:
         self.section = section
         self.seed = seed
         self.where = parallel.layout(mode, devices)
+        if self.where.platform == "tpu" and mode != "pmap" and section.get("net", {}).get("flash"):
+            raise UserError(
+                f"XLA cannot divide a TPU's flash attention under parallel={mode}; net.flash; set it to False, or "
+                "parallel to pmap"
+            )
         self.tx = optimizer(self.c)
         init = functools.partial(init_state, objective=objective, tx=self.tx, ema=self.c["ema"])
         self._init = lambda: init(jax.random.key(seed))

@@ -133,6 +133,12 @@ def test_samplers_take_the_example_conditions(section):
     assert out.shape == (4, 2, *config[section]["shape"])
 
 
+def test_fsdp_moves_parameters_and_gradients_and_no_part_of_a_picture():
+    lowered, _ = ahead.lower_train({**MICRO, "parallel": "fsdp"}, "base", None)
+    text = lowered.compile().as_text()
+    assert "all-gather" in text and "collective-permute" not in text and "all-to-all" not in text
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import sys
 import time
@@ -278,6 +279,23 @@ def test_overheads_by_hand(scaling):
     assert rows["weak", 2, 1]["beyond the cores"] == "10.0%" and rows["weak", 2, 1]["equal work"] == "37.5%"
     assert rows["strong", 2, 1]["equal work"] == "37.5%"
     assert rows["weak", 2, 2]["than one process"] == "10.0%"
+
+
+def test_two_processes_share_a_step(scaling, tmp_path):
+    """Real ones: each makes its own part of the batch, and they wait for each other."""
+    with contextlib.ExitStack() as stack:
+        core = min(os.sched_getaffinity(0))
+        commands = scaling.commands((2, 2, 2), core, flags(tmp_path))
+        both = [stack.enter_context(contextlib.closing(benchmark.Process(command))) for command in commands]
+
+        def ask(**request):
+            for process in both:
+                process.send(**request)
+            return [process.answer() for process in both]
+
+        first, second = ask(prepare="train")
+        assert first["sent"] == second["sent"] == {"all-reduce": pytest.approx(4 * first["parameters"], rel=0.01)}
+        assert all(answer["seconds"] > 0 for answer in ask(times=2))
 
 
 def test_every_gradient_is_sent_once(scaling, prepared):

@@ -221,6 +221,16 @@ def test_the_step_compiles_once():
         state, _ = step(state, batch)
 
 
+@pytest.mark.parametrize("mode", ["jit", "fsdp"])
+def test_flash_attention_that_a_tpu_cannot_divide_is_refused(monkeypatch, mode):
+    monkeypatch.setattr(train.parallel.Layout, "platform", "tpu")
+    c = section()
+    c["net"]["flash"] = True
+    train.Run(regression(), c, seed=0, mode="pmap")
+    with pytest.raises(UserError, match=f"flash attention under parallel={mode}; net.flash; set it to False"):
+        train.Run(regression(), c, seed=0, mode=mode)
+
+
 def test_what_compiling_left_behind_is_given_back_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train.parallel, "trim_memory", lambda: calls.append(1))
