@@ -131,7 +131,9 @@ def remedies(need: Need, savings: Mapping[str, float]) -> list[dict[str, Any]]:
     def fits(changes: Sequence[str], factor: int) -> bool:
         left = math.prod(savings[c] for c in changes if c != "fsdp")
         sets = 2 if need.accumulate * factor > 1 else 1
-        kept = (need.state + sets * need.gradients) / (need.devices if "fsdp" in changes else 1)
+        kept = need.state + sets * need.gradients
+        if "fsdp" in changes:  # while it computes, a device has the parameters whole, and a gradient as large
+            kept = kept / need.devices + 2 * need.gradients
         return kept + need.activations * left / factor <= need.limit
 
     factors = [f for f in range(2, need.examples + 1) if need.examples % f == 0]

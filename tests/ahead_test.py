@@ -61,13 +61,14 @@ NEED = ahead.Need(5 * GIB, GIB, 20 * GIB, 16 * GIB, examples=8, accumulate=1, de
 def test_remedies_are_those_that_suffice_alone():
     """With gradients of two microbatches kept: 5 + 2 + 20 / 4 = 12 fits, 5 + 2 + 20 / 2 = 17 does not."""
     found = ahead.remedies(NEED, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
-    # remat 5 + 1 + 5; bfloat16 5 + 1 + 10 just fits; fsdp 6 / 4 + 20 does not
+    # remat 5 + 1 + 5; bfloat16 5 + 1 + 10 just fits; fsdp 6 / 4 + 2 + 20 does not
     assert found == [{"remat": True}, {"bfloat16": True}, {"accumulate": 4}]
 
 
 def test_remedies_are_combined_where_none_suffices():
     need = NEED._replace(state=20 * GIB, activations=24 * GIB)
-    # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept
+    # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept, and 2 more while
+    # it computes; with remat 6, with four microbatches 6
     found = ahead.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
     assert found == [{"remat": True, "fsdp": True}, {"fsdp": True, "accumulate": 4}]
     assert ahead.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
