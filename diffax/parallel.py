@@ -280,8 +280,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
 
 def compile_only() -> None:
     """Lets programs be compiled for TPUs where there are none. To be called before any other use of JAX."""
-    # Otherwise libtpu asks a metadata server which TPU this is, and JAX tries to start that one. And libtpu lets one
-    # process in, though those that compile touch no chip: they may run beside each other, and beside a run.
+    # Otherwise libtpu asks a metadata server which TPU this is, and JAX tries to start that one. And libtpu lets in one
+    # process at a time, though those that compile touch no chip.
     for name, value in (
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_SKIP_MDS_QUERY", "1"),

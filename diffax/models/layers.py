@@ -417,11 +417,8 @@ class SelfAttention(nn.Module):
             k, v = jnp.concatenate([first_k, k], 2), jnp.concatenate([first_v, v], 2)
         if self.is_mutable_collection("cache") and not self.is_initializing():
             k, v = self._remember("k", k, at), self._remember("v", v, at)
-        mixed = (
-            (flash_attend if self.style.flash else attend)(q, k, v, mask)
-            .transpose(0, 2, 1, 3)
-            .reshape(batch, tokens, channels)
-        )
+        mix = flash_attend if self.style.flash else attend
+        mixed = mix(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
         return dense(self.style, self.features, zero=self.zero, gain=self.gain, name="proj")(mixed)
 
     def _remember(self, name: str, value: Array, at: Array | None) -> Array:
