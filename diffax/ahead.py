@@ -343,7 +343,7 @@ def report(
       program: 'train' or 'sample'.
       topology: a TPU slice such as 'v5e:4x4'; '' for the devices at hand.
       folder: where reports are kept, one JSON file for each config, topology, effort and versions.
-      effort: XLA's, to make the program fast: from -1, which compiles up to 25 times as soon, to 1; 0 is that of a run.
+      effort: XLA's, to make the program fast: from -1, which compiles many times as soon, to 1; 0 is that of a run.
 
     Returns:
       A dict of plain values, see `describe`. Of memory in bytes and of work per device.

@@ -767,7 +767,7 @@ def parser() -> argparse.ArgumentParser:
         "--effort",
         type=float,
         default=ahead.QUICK,
-        help="compile: XLA's, from -1 (default: soon done) to 1; 0 is that of a run, and takes up to 25 times as long",
+        help="compile: XLA's, from -1 (default: soon done) to 1; 0 is that of a run, and takes many times as long",
     )
     p.add_argument("--output", help="sample, edit: the picture to write (default WORKDIR/samples.png)")
     p.add_argument("--overwrite", action="store_true", help="sample, edit: replace the output")

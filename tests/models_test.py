@@ -501,7 +501,7 @@ def test_group_norm_gradient_against_autodiff(shape, silu):
 
 @pytest.mark.parametrize("offset, atol", [(0.0, 1e-2), (100.0, 3e-2)])
 def test_group_norm_in_bfloat16_against_float64(offset, atol):
-    """Of the same bfloat16 numbers; their mean is up to 100 times what float32's one pass would have to tell apart."""
+    """Of the same bfloat16 numbers, whose mean is up to 100 times their standard deviation."""
     x, dy = (jax.random.normal(jax.random.key(i), (2, 16, 16, 12)) for i in range(2))
     x, gain, bias = (20 * x + 20 * offset).astype(jnp.bfloat16), jnp.full((2, 1, 1, 12), 1.5), jnp.zeros((2, 1, 1, 12))
     groups = np.asarray(x, np.float64).reshape(2, -1, 3, 4)

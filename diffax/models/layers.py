@@ -270,11 +270,14 @@ def flash_attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Arr
     """`attend` that never stores the weights [B, heads, T, S] (Dao et al. 2022), by the kernels of others.
 
     On a TPU JAX's Pallas kernel, for tokens in multiples of 128, at least 1024 of them: it stores its statistics 128
-    times, and for fewer tokens XLA moves fewer bytes. On a GPU cuDNN's, for bfloat16 and heads of at most 128 channels,
-    in multiples of 8. Else, on a CPU, and for masks that differ by query, as `attend`.
+    times, and for 256 tokens XLA moves fewer bytes without it. On a GPU cuDNN's, for bfloat16 and heads of at most 128
+    channels, in multiples of 8. Else, on a CPU, and for masks that differ by query, as `attend`.
 
     Args:
       q, k, v, mask: see `attend`.
+
+    Returns:
+      [B, heads, T, D].
     """
     mask_by_key = mask is None or mask.shape[1] == 1
     tokens, keys, channels = q.shape[2], k.shape[2], q.shape[3]
