@@ -4,6 +4,7 @@ The very train step and sampler are compiled, with abstract arguments, for a TPU
 hand. XLA then says how much memory a device needs, and how many operations and bytes it would take it.
 """
 
+import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -94,12 +95,21 @@ def device_bytes(tree: Any) -> int:
     return tree_bytes(jax.tree.map(held, tree))
 
 
+def largest_block(params: Any) -> int:
+    """Bytes of the largest child of a network's parts {part: {child: parameters}}, all devices together."""
+    sizes: dict[Any, int] = collections.defaultdict(int)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        sizes[path[:2]] += tree_bytes(leaf)
+    return max(sizes.values())
+
+
 class Need(NamedTuple):
     """What a train step wants of one device, as far as it can be told apart.
 
     Attributes:
       state: bytes of parameters, optimizer and averages.
       gradients: bytes of one set of gradients.
+      block: bytes of the parameters of the largest block.
       activations: bytes of the rest, which grows with the examples of a microbatch.
       limit: bytes that there are.
       examples: of a microbatch.
@@ -109,6 +119,7 @@ class Need(NamedTuple):
 
     state: float
     gradients: float
+    block: float
     activations: float
     limit: float
     examples: int
@@ -132,8 +143,9 @@ def remedies(need: Need, savings: Mapping[str, float]) -> list[dict[str, Any]]:
         left = math.prod(savings[c] for c in changes if c != "fsdp")
         sets = 2 if need.accumulate * factor > 1 else 1
         kept = need.state + sets * need.gradients
-        if "fsdp" in changes:  # while it computes, a device has the parameters whole, and a gradient as large
-            kept = kept / need.devices + 2 * need.gradients
+        if "fsdp" in changes:
+            again = "remat" in changes or "remat" not in savings  # blocks gather their parameters again
+            kept = kept / need.devices + 2 * (need.block if again else need.gradients)
         return kept + need.activations * left / factor <= need.limit
 
     factors = [f for f in range(2, need.examples + 1) if need.examples % f == 0]
@@ -397,7 +409,8 @@ def _train_report(config: Mapping[str, Any], name: str, devices, about: Mapping[
         per_device = c["batch_size"] // run.where.mesh.size // c["accumulate"]
         sets = 2 if c["accumulate"] > 1 else 1
         rest = max(0.0, found["total"] - state - sets * params)
-        need = Need(state, params, rest, found["limit"], per_device, c["accumulate"], run.where.mesh.size)
+        block = largest_block(run.abstract.params)
+        need = Need(state, params, block, rest, found["limit"], per_device, c["accumulate"], run.where.mesh.size)
         with telling(f"diffax: looking for what would make {_what(about)} fit"):
             found["savings"] = open_savings(config, name)
         found["remedies"] = [as_flags(name, changes) for changes in remedies(need, found["savings"])]

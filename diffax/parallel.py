@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ class Layout(NamedTuple):
     """Where things live.
 
     Attributes:
-      mode: 'pmap' (replicated state, explicit means), 'jit' (the same, found by the compiler) or 'fsdp' (jit with
+      mode: 'pmap' (replicated state), 'jit' (the same, as one program over arrays of all devices) or 'fsdp' (jit with
         parameters and optimizer state cut over the devices).
       mesh: the devices of this process under pmap, all devices otherwise, on one axis.
       devices: those that were chosen; None: all that there are.
@@ -48,7 +50,7 @@ class Layout(NamedTuple):
 
     @property
     def axis_name(self) -> str | None:
-        """The name to average over inside the step; None where the compiler does it."""
+        """The name to average over inside the step; None where the step sees the arrays of all devices."""
         return AXIS if self.mode == "pmap" else None
 
     @property
@@ -101,21 +103,85 @@ def shardings(where: Layout, tree: Any) -> Any:
     return jax.tree.map(cut, tree)
 
 
-def gathered(where: Layout | None, params: Any) -> Any:
-    """Within a program: parameters whole on every device, to compute with; their gradient is summed over the devices.
+@flax.struct.dataclass
+class Shard(nn.meta.AxisMetadata):
+    """A parameter of which each device has a part; the layer that asks Flax for it gets the whole.
 
-    Left to itself XLA's partitioner takes the cut of a kernel over to the pictures, and moves these between devices.
+    So it is gathered where it is used, and by a block that is computed again for the backward pass (remat) again: no
+    device has all parameters at once. The gradient is the part's, summed over the devices.
+
+    Attributes:
+      part: this device's.
+      axis: along which the parts lie.
     """
-    if where is None or where.mode != "fsdp":
-        return params
-    return jax.lax.with_sharding_constraint(params, where.replicated)
+
+    part: jax.Array
+    axis: int = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> jax.Array:
+        return jax.lax.all_gather(self.part, AXIS, axis=self.axis, tiled=True)
+
+    def replace_boxed(self, val: Any) -> "Shard":
+        return self.replace(part=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Shard":
+        return self.replace(axis=self.axis + (index <= self.axis))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Shard":
+        return self.replace(axis=self.axis - (index < self.axis))
 
 
-def cut(where: Layout | None, tree: Any) -> Any:
-    """Within a program: what is like the parameters, such as their gradient, divided over the devices as they are."""
-    if where is None or where.mode != "fsdp":
+def whole(params: Any) -> Any:
+    """Within a program: all of each parameter, of which there may be `Shard`s."""
+    return nn.meta.unbox(params)
+
+
+def mean(tree: Any, axis_name: str | None) -> Any:
+    """Within a program: gradients averaged over the devices; those of a `Shard` have been summed already."""
+    if axis_name is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, shardings(where, tree))
+
+    def average(leaf):
+        if isinstance(leaf, Shard):
+            return leaf.replace_boxed(leaf.part / jax.lax.axis_size(axis_name))
+        return jax.lax.pmean(leaf, axis_name)
+
+    return jax.tree.map(average, tree, is_leaf=lambda leaf: isinstance(leaf, Shard))
+
+
+def on_each_device(where: Layout | None, fn: Callable) -> Callable:
+    """Within a program over all devices: `fn` on each one's own examples, as pmap would run it.
+
+    Nothing is left to XLA's partitioner, which takes the cut of a kernel over to the pictures and moves these between
+    devices, and which cannot divide a kernel of Pallas.
+
+    Args:
+      where: the layout; None or pmap: `fn` as it is.
+      fn: (params, batch, *shared, axis_name) -> (gradients like params, rest), the rest the same on every device.
+
+    Returns:
+      `fn` over whole arrays; within it cut parameters are `Shard`s.
+    """
+    if where is None or where.mode == "pmap":
+        return fn
+
+    def over(params, batch, *shared, axis_name=None):
+        del axis_name  # of a program of one device
+        cuts = jax.tree.map(lambda sharding: sharding.spec, shardings(where, params))
+
+        def each(params, batch, *shared):
+            boxed = jax.tree.map(lambda a, cut: Shard(a, cut.index(AXIS)) if AXIS in cut else a, params, cuts)
+            gradients, rest = fn(boxed, batch, *shared, axis_name=AXIS)
+            is_shard = lambda leaf: isinstance(leaf, Shard)  # noqa: E731
+            return jax.tree.map(lambda a: a.part if is_shard(a) else a, gradients, is_leaf=is_shard), rest
+
+        everywhere = PartitionSpec()
+        ins = (cuts, PartitionSpec(AXIS), *(everywhere for _ in shared))
+        return jax.shard_map(each, mesh=where.mesh, in_specs=ins, out_specs=(cuts, everywhere), check_vma=False)(
+            params, batch, *shared
+        )
+
+    return over
 
 
 def abstract(where: Layout, init: Callable, *args) -> Any:

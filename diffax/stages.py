@@ -554,7 +554,8 @@ class Objective(NamedTuple):
       init_extra: () -> whatever else belongs to the training state (a history of losses, or nothing).
       loss: (params, extra, batch, keys [n], position [n], total, gather) -> (loss [n], metrics, feedback): the loss of
         each of n examples, which stand at `position` among the `total` of the global batch; metrics {name: (sum,
-        count)}; feedback, a tree of arrays [n]. `gather` brings the examples of all devices together, [n, ...] ->
+        count)}; feedback, a tree of arrays [n]. Parameters are read through Flax, which makes whole those that are cut
+        over the devices. `gather` brings the examples of all devices together, [n, ...] ->
         [N, ...]; without it those at hand are all.
       update_extra: (extra, feedback of the whole global batch) -> extra.
     """

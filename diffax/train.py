@@ -135,10 +135,11 @@ def sharpness_aware(gradient: Callable, rho: float) -> Callable:
     """
 
     def there(params: Params, *rest):
+        params, cut = jax.vjp(parallel.whole, params)  # the norm is that of all of them
         value, slope = gradient(params, *rest)
         # without a slope there is no direction
         step = rho / jnp.maximum(optax.tree.norm(slope), 1e-12)
-        return value, gradient(jax.tree.map(lambda w, g: w + step * g, params, slope), *rest)[1]
+        return value, cut(gradient(jax.tree.map(lambda w, g: w + step * g, params, slope), *rest)[1])[0]
 
     return there
 
@@ -155,6 +156,68 @@ def init_state(key: Array, *, objective: Objective, tx: optax.GradientTransforma
         extra=objective.init_extra(),
         skipped=jnp.zeros((), jnp.int32),
     )
+
+
+def mean_gradient(
+    params: Params,
+    batch: Mapping[str, Array],
+    extra: Any,
+    key: Array,
+    *,
+    objective: Objective,
+    accumulate: int,
+    sam: float,
+    axis_name: str | None,
+) -> tuple[Params, tuple[Array, dict[str, tuple[Array, Array]], Any]]:
+    """The gradient of the mean loss over the examples of all devices; see `train_step`.
+
+    Args:
+      params: parameters; `parallel.Shard`s of those that are cut over the devices.
+      batch: this device's examples, [n, ...].
+      extra: what else the objective keeps.
+      key: of this step.
+      objective, accumulate, sam: see `train_step`.
+      axis_name: the axis to average over.
+
+    Returns:
+      Gradients like params, and (loss, metrics, what the objective tells of each example [N, ...]) of the global batch.
+    """
+    n = jax.tree.leaves(batch)[0].shape[0]
+    shards = jax.lax.axis_size(axis_name) if axis_name else 1
+    first = jax.lax.axis_index(axis_name) * n if axis_name else 0
+    position = first + jnp.arange(n)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(position)
+
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True) if axis_name else None
+
+    def loss_fn(params, batch, keys, position):
+        loss, metrics, feedback = objective.loss(params, extra, batch, keys, position, n * shards, gather)
+        return jnp.mean(loss), (metrics, feedback)
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = sharpness_aware(gradient, sam) if sam else gradient
+
+    def microbatch(total, part):
+        (loss, (metrics, feedback)), grads = gradient(params, *part)
+        return jax.tree.map(jnp.add, total, (loss, grads, metrics)), feedback
+
+    # Every accumulate-th example goes into one microbatch: so a batch that is one array of all devices may be cut.
+    parts = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(n // accumulate, accumulate, *a.shape[1:]), 1, 0), (batch, keys, position)
+    )
+    if accumulate == 1:
+        (loss, (metrics, feedback)), grads = gradient(params, batch, keys, position)
+    else:
+        shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda a: a[0], parts))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0][0], shapes[1], shapes[0][1][0]))
+        (loss, grads, metrics), feedback = jax.lax.scan(microbatch, zeros, parts)
+        loss, grads = jax.tree.map(lambda a: a / accumulate, (loss, grads))
+        feedback = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(n, *a.shape[2:]), feedback)
+    if axis_name:
+        loss = jax.lax.pmean(loss, axis_name)
+        metrics = jax.lax.psum(metrics, axis_name)
+        feedback = jax.lax.all_gather(feedback, axis_name, tiled=True)
+    return parallel.mean(grads, axis_name), (loss, metrics, feedback)
 
 
 def train_step(
@@ -178,62 +241,25 @@ def train_step(
 
     Args:
       state: the state.
-      batch: this device's examples (all of them under jit), [n, ...].
+      batch: this device's examples under pmap, else all of them, [n, ...].
       objective: what is minimised.
       tx: the optimizer.
       schedule: its learning rate, for the report.
       accumulate: number of microbatches; divides n.
-      sam: rho of `sharpness_aware`, 0: without. Under pmap each device climbs by its own part of a microbatch (DALL-E
-        2, appendix C: 64 pairs), otherwise by all of it.
+      sam: rho of `sharpness_aware`, 0: without. Each device climbs by its own part of a microbatch (DALL-E 2, appendix
+        C: 64 pairs).
       ema_warmup: start the averages with a short memory, min(decay, (1 + step) / (10 + step)).
-      where: the layout, of which fsdp gathers the parameters and divides the gradients again.
+      where: the layout; None: that of pmap, or of a single device.
       axis_name: the axis to average over under pmap.
 
     Returns:
       The new state, and metrics {name: (sum, count)} over the global batch.
     """
-    n = jax.tree.leaves(batch)[0].shape[0]
-    shards = jax.lax.axis_size(axis_name) if axis_name else 1
-    first = jax.lax.axis_index(axis_name) * n if axis_name else 0
-    position = first + jnp.arange(n)
+    gradient = functools.partial(mean_gradient, objective=objective, accumulate=accumulate, sam=sam)
     key = jax.random.fold_in(state.rng, state.step)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(position)
-
-    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True) if axis_name else None
-
-    def loss_fn(params, batch, keys, position):
-        params = parallel.gathered(where, params)
-        loss, metrics, feedback = objective.loss(params, state.extra, batch, keys, position, n * shards, gather)
-        return jnp.mean(loss), (metrics, feedback)
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    grad_fn = sharpness_aware(grad_fn, sam) if sam else grad_fn
-
-    def gradient(*part):
-        (loss, (metrics, feedback)), grads = grad_fn(state.params, *part)
-        return (loss, (metrics, feedback)), parallel.cut(where, grads)
-
-    def microbatch(total, part):
-        (loss, (metrics, feedback)), grads = gradient(*part)
-        return jax.tree.map(jnp.add, total, (loss, grads, metrics)), feedback
-
-    # Every accumulate-th example goes into one microbatch: a batch cut over devices stays where it is.
-    parts = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(n // accumulate, accumulate, *a.shape[1:]), 1, 0), (batch, keys, position)
+    grads, (loss, metrics, feedback) = parallel.on_each_device(where, gradient)(
+        state.params, batch, state.extra, key, axis_name=axis_name
     )
-    if accumulate == 1:
-        (loss, (metrics, feedback)), grads = gradient(batch, keys, position)
-    else:
-        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], parts))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0][0], shapes[1], shapes[0][1][0]))
-        (loss, grads, metrics), feedback = jax.lax.scan(microbatch, zeros, parts)
-        loss, grads = jax.tree.map(lambda a: a / accumulate, (loss, grads))
-        feedback = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(n, *a.shape[2:]), feedback)
-    if axis_name:
-        loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        metrics = jax.lax.psum(metrics, axis_name)
-        feedback = jax.lax.all_gather(feedback, axis_name, tiled=True)
-
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -274,9 +300,6 @@ class Run:
       seed: of initialisation, noise and data order.
       mode: 'pmap', 'jit' or 'fsdp'.
       devices: to run on, or to compile for; None: all that there are.
-
-    Raises:
-      UserError: flash attention is asked for where it cannot be divided.
     """
 
     def __init__(self, objective: Objective, section: Mapping, *, seed: int, mode: str, devices=None):
@@ -284,11 +307,6 @@ class Run:
         self.section = section
         self.seed = seed
         self.where = parallel.layout(mode, devices)
-        if self.where.platform == "tpu" and mode != "pmap" and section.get("net", {}).get("flash"):
-            raise UserError(
-                f"XLA cannot divide a TPU's flash attention under parallel={mode}; net.flash; set it to False, or "
-                "parallel to pmap"
-            )
         self.tx = optimizer(self.c)
         init = functools.partial(init_state, objective=objective, tx=self.tx, ema=self.c["ema"])
         self._init = lambda: init(jax.random.key(seed))

@@ -1,6 +1,7 @@
 """What compiled programs are said to need: the arithmetic by hand, and the command on the devices of the tests."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def test_other_topologies_are_refused(name):
 
 GIB = 2**30
 # 5 GiB of state and 1 of gradients on 4 devices of 16, in one microbatch of 8
-NEED = ahead.Need(5 * GIB, GIB, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
+NEED = ahead.Need(5 * GIB, GIB, GIB / 2, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
 
 
 def test_remedies_are_those_that_suffice_alone():
@@ -67,11 +68,24 @@ def test_remedies_are_those_that_suffice_alone():
 
 def test_remedies_are_combined_where_none_suffices():
     need = NEED._replace(state=20 * GIB, activations=24 * GIB)
-    # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept, and 2 more while
-    # it computes; with remat 6, with four microbatches 6
+    # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept, and while it
+    # computes 2 more, or 1 where blocks gather theirs again; with remat 6, with four microbatches 6
     found = ahead.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
     assert found == [{"remat": True, "fsdp": True}, {"fsdp": True, "accumulate": 4}]
     assert ahead.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
+    # 5.25 + 1 + 6: with the whole parameters and their gradient, 2, it would not fit
+    need = need._replace(limit=12.5 * GIB, examples=1)
+    assert ahead.remedies(need, {"remat": 0.25, "fsdp": 1.0}) == [{"remat": True, "fsdp": True}]
+    # the same where it has remat already
+    assert ahead.remedies(need._replace(activations=6 * GIB), {"fsdp": 1.0}) == [{"fsdp": True}]
+
+
+def test_the_largest_block():
+    params = {
+        "unet": {"a": {"w": jnp.zeros((2, 3))}, "b": {"w": jnp.zeros(5), "b": jnp.zeros(2)}},
+        "text": {"c": jnp.zeros(6)},
+    }
+    assert ahead.largest_block(params) == 4 * 7
 
 
 def test_remedies_go_on_from_the_microbatches_that_there_are():
@@ -138,6 +152,33 @@ def test_fsdp_moves_parameters_and_gradients_and_no_part_of_a_picture():
     lowered, _ = ahead.lower_train({**MICRO, "parallel": "fsdp"}, "base", None)
     text = lowered.compile().as_text()
     assert "all-gather" in text and "collective-permute" not in text and "all-to-all" not in text
+
+
+def lowered_micro(**net):
+    base = MICRO["base"]
+    config = {**MICRO, "parallel": "fsdp", "base": {**base, "net": {**base["net"], **net}}}
+    return ahead.lower_train(config, "base", None)
+
+
+def test_a_block_that_is_computed_again_gathers_its_parameters_again():
+    """So that they need not be kept. A last bias alone is not asked for twice."""
+    lowered, run = lowered_micro()
+    cut = [p for p, leaf in jax.tree.leaves_with_path(run.abstract.params) if not leaf.sharding.is_fully_replicated]
+    inside = [path[-1].key for path in cut if re.search("block|attention", path[1].key)]
+    assert lowered.as_text().count("stablehlo.all_gather") == len(cut)
+    lowered, _ = lowered_micro(remat="blocks")
+    again = lowered.as_text().count("stablehlo.all_gather") - len(cut)
+    assert len(inside) > again >= sum("bias" not in name for name in inside) > 20
+
+
+def test_flash_attention_is_divided_over_the_devices_of_fsdp():
+    """A kernel of Pallas is none that XLA's partitioner can divide."""
+    net = MICRO["base"]["net"] | {"flash": True, "attention": (1,)}
+    config = {**MICRO, "parallel": "fsdp", "base": {**MICRO["base"], "shape": (32, 32, 1), "net": net}}
+    _, run = ahead.lower_train(config, "base", None)
+    batch = ahead.training_batch(stages.build(config, "base"), config, 8)
+    traced = run.step.trace(run.abstract, parallel.abstract_batch(run.where, batch))
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

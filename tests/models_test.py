@@ -549,11 +549,11 @@ def test_only_a_cpu_attends_picture_by_picture(platform, loops):
     assert ("stablehlo.while" in program) is loops
 
 
-@pytest.mark.parametrize("mask", [None, 1, 2])
-def test_a_tpus_flash_attention_is_attention(mask):
-    """The kernel, interpreted: values and gradients, with keys that are not seen."""
-    q, k, v, dout = (jax.random.normal(jax.random.key(i), (2, 2, n, 16)) for i, n in enumerate((256, 384, 384, 256)))
-    seen = None if mask is None else jax.random.bernoulli(jax.random.key(9), 0.6, (mask, 1, 384))
+@pytest.mark.parametrize("mask, keys", [(None, 384), (1, 384), (2, 384), (None, 300), (2, 300)])
+def test_a_tpus_flash_attention_is_attention(mask, keys):
+    """The kernel, interpreted: values and gradients, with keys that are not seen or not in blocks of 128."""
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), (2, 2, n, 16)) for i, n in enumerate((256, keys, keys, 256)))
+    seen = None if mask is None else jax.random.bernoulli(jax.random.key(9), 0.6, (mask, 1, keys))
     want, want_vjp = jax.vjp(lambda *a: layers._attend(seen, *a), q, k, v)
     with pltpu.force_tpu_interpret_mode():
         got, got_vjp = jax.vjp(lambda *a: layers._flash_on_tpu(*a, seen), q, k, v)

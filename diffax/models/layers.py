@@ -270,8 +270,9 @@ def flash_attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Arr
     """`attend` that never stores the weights [B, heads, T, S] (Dao et al. 2022), by the kernels of others.
 
     On a TPU JAX's Pallas kernel, for tokens in multiples of 128, at least 1024 of them: it stores its statistics 128
-    times, and for 256 tokens XLA moves fewer bytes without it. On a GPU cuDNN's, for bfloat16 and heads of at most 128
-    channels, in multiples of 8. Else, on a CPU, and for masks that differ by query, as `attend`.
+    times, and for 256 tokens XLA moves fewer bytes without it. Keys are filled up to a multiple of 128. On a GPU
+    cuDNN's, for bfloat16 and heads of at most 128 channels, in multiples of 8. Else, on a CPU, and for masks that
+    differ by query, as `attend`.
 
     Args:
       q, k, v, mask: see `attend`.
@@ -280,9 +281,9 @@ def flash_attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Arr
       [B, heads, T, D].
     """
     mask_by_key = mask is None or mask.shape[1] == 1
-    tokens, keys, channels = q.shape[2], k.shape[2], q.shape[3]
+    tokens, channels = q.shape[2:]
     kernels = {}
-    if mask_by_key and tokens >= 1024 and tokens % 128 == 0 and keys % 128 == 0:
+    if mask_by_key and tokens >= 1024 and tokens % 128 == 0:
         kernels["tpu"] = _flash_on_tpu
     # JAX asks for cuDNN's version as soon as the call is traced
     if mask_by_key and q.dtype == jnp.bfloat16 and channels in range(8, 129, 8) and _is_on_cuda():
@@ -301,6 +302,10 @@ def _flash_on_tpu(q, k, v, mask):
         return next(size for size in FLASH_BLOCKS if length % size == 0)
 
     batch, _, tokens, channels = q.shape
+    if more := -k.shape[2] % 128:
+        mask = jnp.ones((1, 1, k.shape[2]), bool) if mask is None else mask
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more)))  # not seen
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v))
     at_q, at_k = block(tokens), block(k.shape[2])
     # the kernel of dq is told sum(dout out) once for each column of its block of keys: the narrowest
     sizes = pallas.BlockSizes(at_q, at_k, at_k, 1, at_q, at_k, at_k, at_q, 128, 128, at_q)
