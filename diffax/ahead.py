@@ -226,9 +226,9 @@ def lower_train(config: Mapping[str, Any], name: str, devices: Sequence[Any] | N
 
 
 def lower_sample(config: Mapping[str, Any], name: str, devices: Sequence[Any] | None) -> tuple[Any, int, Any]:
-    """The sampler of one stage, traced for the devices; how many samples it makes; its parameters, replicated."""
-    stage = stages.build(config, name)
-    where = parallel.layout("pmap", devices)
+    """The sampler of one stage, traced for the devices; how many samples it makes; its parameters, there."""
+    stage, mode = stages.build(config, name), parallel.sampling_mode(config["parallel"])
+    where = parallel.layout(mode, devices)
     there = list(where.mesh.devices.flat)
     n = -(-config["sample"]["batch_size"] // len(there)) * len(there)
 
@@ -245,7 +245,7 @@ def lower_sample(config: Mapping[str, Any], name: str, devices: Sequence[Any] | 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     cond = example_batch(stage, config, stage.reads, n)
     args = parallel.abstract_batch(where, (keys, scales, cond)) if len(there) > 1 else (keys, scales, cond)
-    mapped = parallel.spread(lambda params, keys, scales, cond: pure(params, keys, **scales, **cond), there)
+    mapped = parallel.spread(lambda params, keys, scales, cond: pure(params, keys, **scales, **cond), there, mode)
     params = parallel.abstract(where, init)
     return mapped.lower(params, args), n, params
 
@@ -381,7 +381,7 @@ def report(
         "program": program,
         "topology": topology,
         **where,
-        "parallel": config["parallel"] if program == "train" else "pmap",
+        "parallel": config["parallel"] if program == "train" else parallel.sampling_mode(config["parallel"]),
         "dtype": c["net"]["dtype"],
         "remat": c["net"]["remat"],
         "flash": c["net"].get("flash", False),

@@ -27,6 +27,7 @@ from diffax.errors import UserError
 
 MODES = ("pmap", "jit", "fsdp")
 AXIS = "data"
+WHOLE_BELOW = 2**16  # elements: gathering fewer takes as long, and saves nothing
 
 
 class Layout(NamedTuple):
@@ -90,12 +91,12 @@ def process_count() -> int:
 
 
 def shardings(where: Layout, tree: Any) -> Any:
-    """A sharding for each leaf: replicated, or under fsdp cut along the largest dimension that divides evenly."""
+    """A sharding for each leaf: replicated, or a large one under fsdp cut along its longest dimension that can be."""
     count = where.mesh.size
 
     def cut(leaf) -> NamedSharding:
         splittable = [size for size in leaf.shape if size % count == 0 and size >= count]
-        if where.mode != "fsdp" or not splittable:
+        if where.mode != "fsdp" or not splittable or math.prod(leaf.shape) < WHOLE_BELOW:
             return where.replicated
         axis = leaf.shape.index(max(splittable))
         return NamedSharding(where.mesh, PartitionSpec(*[None] * axis, AXIS))
@@ -131,6 +132,19 @@ class Shard(nn.meta.AxisMetadata):
         return self.replace(axis=self.axis - (index < self.axis))
 
 
+def _is_shard(leaf: Any) -> bool:
+    return isinstance(leaf, Shard)
+
+
+def _cuts(where: Layout, params: Any) -> Any:
+    return jax.tree.map(lambda sharding: sharding.spec, shardings(where, params))
+
+
+def _boxed(params: Any, cuts: Any) -> Any:
+    """A device's parts of parameters, with those that are cut as `Shard`s."""
+    return jax.tree.map(lambda a, cut: Shard(a, cut.index(AXIS)) if AXIS in cut else a, params, cuts)
+
+
 def whole(params: Any) -> Any:
     """Within a program: all of each parameter, of which there may be `Shard`s."""
     return nn.meta.unbox(params)
@@ -142,11 +156,11 @@ def mean(tree: Any, axis_name: str | None) -> Any:
         return tree
 
     def average(leaf):
-        if isinstance(leaf, Shard):
+        if _is_shard(leaf):
             return leaf.replace_boxed(leaf.part / jax.lax.axis_size(axis_name))
         return jax.lax.pmean(leaf, axis_name)
 
-    return jax.tree.map(average, tree, is_leaf=lambda leaf: isinstance(leaf, Shard))
+    return jax.tree.map(average, tree, is_leaf=_is_shard)
 
 
 def on_each_device(where: Layout | None, fn: Callable) -> Callable:
@@ -167,13 +181,11 @@ def on_each_device(where: Layout | None, fn: Callable) -> Callable:
 
     def over(params, batch, *shared, axis_name=None):
         del axis_name  # of a program of one device
-        cuts = jax.tree.map(lambda sharding: sharding.spec, shardings(where, params))
+        cuts = _cuts(where, params)
 
         def each(params, batch, *shared):
-            boxed = jax.tree.map(lambda a, cut: Shard(a, cut.index(AXIS)) if AXIS in cut else a, params, cuts)
-            gradients, rest = fn(boxed, batch, *shared, axis_name=AXIS)
-            is_shard = lambda leaf: isinstance(leaf, Shard)  # noqa: E731
-            return jax.tree.map(lambda a: a.part if is_shard(a) else a, gradients, is_leaf=is_shard), rest
+            gradients, rest = fn(_boxed(params, cuts), batch, *shared, axis_name=AXIS)
+            return jax.tree.map(lambda a: a.part if _is_shard(a) else a, gradients, is_leaf=_is_shard), rest
 
         everywhere = PartitionSpec()
         ins = (cuts, PartitionSpec(AXIS), *(everywhere for _ in shared))
@@ -277,34 +289,65 @@ def prefetch(where: Layout, batches: Iterable[dict], size: int = 2) -> Iterator[
             queue.append((batch, put(where, batch)))
 
 
-def spread(fn: Callable, devices: Sequence[Any]) -> Callable:
+def sampling_mode(mode: str) -> str:
+    """How the devices of one process run what needs no gradient: 'fsdp' where training is so, else 'pmap'."""
+    return "fsdp" if mode == "fsdp" else "pmap"
+
+
+def settled(shared: Any, mode: str = "pmap") -> Any:
+    """What a program of `map_batch` shares, moved to this process's devices once, for many calls."""
+    if mode != "fsdp":
+        return jax.device_put(shared)
+    return jax.device_put(shared, shardings(layout(mode, jax.local_devices()), shared))
+
+
+def spread(fn: Callable, devices: Sequence[Any], mode: str = "pmap") -> Callable:
     """`fn(shared, *per_example)` as a program (shared, [per_example, ...]) of several devices, or of the only one.
 
-    On several the arrays of the examples have a leading device axis, and so have the results.
+    Under pmap on several the arrays of the examples have a leading device axis, and so have the results. Under fsdp
+    they have none, and `shared` is cut, large arrays of it `Shard`s to `fn`.
     """
 
     def run(shared, args):
         return fn(shared, *args)
 
-    return jax.jit(run) if len(devices) == 1 else jax.pmap(run, devices=devices, in_axes=(None, 0))
+    if len(devices) == 1:
+        return jax.jit(run)
+    if mode != "fsdp":
+        return jax.pmap(run, devices=devices, in_axes=(None, 0))
+    where = layout(mode, devices)
+
+    def over(shared, args):
+        cuts, each = _cuts(where, shared), PartitionSpec(AXIS)
+        return jax.shard_map(
+            lambda shared, args: run(_boxed(shared, cuts), args),
+            mesh=where.mesh,
+            in_specs=(cuts, each),
+            out_specs=each,
+            check_vma=False,
+        )(shared, args)
+
+    return jax.jit(over)
 
 
-def map_batch(fn: Callable, *, devices: list | None = None) -> Callable:
+def map_batch(fn: Callable, *, devices: list | None = None, mode: str = "pmap") -> Callable:
     """Runs `fn(shared, *per_example)` over this process's devices, for any number of examples.
 
     On one device it is jitted; on several it is pmapped, the examples padded by repeating the last and trimmed
     afterwards. One program is compiled per padded size.
 
     Args:
-      fn: pure; `shared` is replicated, the others are trees of arrays [B, ...], and so is the result.
+      fn: pure; the others are trees of arrays [B, ...], and so is the result.
       devices: default all local ones.
+      mode: of `sampling_mode`: 'pmap', `shared` is replicated, or 'fsdp', it is cut over the devices and read through
+        Flax, which makes it whole.
 
     Returns:
       A function with the same arguments, returning device or numpy arrays [B, ...].
     """
     devices = devices or jax.local_devices()
     count = len(devices)
-    mapped = spread(fn, devices)
+    mapped = spread(fn, devices, mode)
     if count == 1:
         return lambda shared, *args: mapped(shared, args)
 
@@ -314,10 +357,10 @@ def map_batch(fn: Callable, *, devices: list | None = None) -> Callable:
 
         def cut(a):
             a = jnp.concatenate([a, jnp.repeat(a[-1:], padded - n, axis=0)]) if padded > n else a
-            return a.reshape(count, padded // count, *a.shape[1:])
+            return a.reshape(count, padded // count, *a.shape[1:]) if mode == "pmap" else a
 
         out = mapped(shared, jax.tree.map(cut, args))
-        return jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:n], out)
+        return jax.tree.map(lambda a: (a.reshape(padded, *a.shape[2:]) if mode == "pmap" else a)[:n], out)
 
     return call
 

@@ -196,6 +196,7 @@ class SampleFn:
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         if keep and self.stages[-1].emits != "low_res":
             raise UserError(f"keep is {keep}, but {self.stages[-1].name} makes no pictures; sample_fn; leave it out")
+        mode = parallel.sampling_mode(self.config.get("parallel", "pmap"))
         try:
             run = _compiled(
                 self.stages,
@@ -205,6 +206,7 @@ class SampleFn:
                 keep,
                 every_stage,
                 float(strength or 1),
+                mode,
             )
         except ValueError as error:
             raise UserError(f"{error}; sample_fn(steps={steps!r})") from error
@@ -213,7 +215,7 @@ class SampleFn:
         if len(keys) != n:
             raise UserError(f"{len(keys)} keys for {n} pictures; sample_fn; pass one for all, or one each")
         size = min(batch_size, 2 ** math.ceil(math.log2(n)))
-        params, done = jax.device_put(self.params), []  # moved once, not for each batch
+        params, done = parallel.settled(self.params, mode), []
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
             # The last batch is filled up: one program serves all.
             index = np.minimum(np.arange(start, start + size), n - 1)
@@ -545,6 +547,7 @@ def _compiled(
     keep: int,
     every_stage: bool,
     strength: float,
+    mode: str,
 ):
     """The sampler over all devices, one for all parameters: (params, keys, numbers, cond) -> pictures.
 
@@ -567,7 +570,7 @@ def _compiled(
         out = pure(params, keys, **numbers, **cond)
         return (out[0], out[1].swapaxes(0, 1)) if keep else out
 
-    return parallel.map_batch(run)
+    return parallel.map_batch(run, mode=mode)
 
 
 def _starting_from(stage: stages.Stage, start: jax.Array) -> stages.Stage:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -426,7 +427,7 @@ def denoiser(stage: Stage, params: Params) -> guidance.Denoiser:
         p = predict(out, z, step, predicts=stage.predicts, variance=stage.variance)
         if not stage.analytic:
             return p
-        table = params["fitted"]
+        table = nn.meta.unbox(params["fitted"])
         variance = analytic_variance(z, step, jnp.interp(step.t.logsnr, table["logsnr"], table["residual"]))
         return p._replace(variance=variance, logvar=jnp.log(jnp.maximum(variance, jnp.exp(p.logvar))))
 
@@ -926,7 +927,7 @@ def write_embeddings(stage: Stage, params: Params, keys: Array, cond: Mapping[st
       cond: what its network takes, [B, ...] each.
       scale: of classifier-free guidance, if the stage has that; scalar or [B].
     """
-    codec = codes.Codec(**params["fitted"])
+    codec = codes.Codec(**nn.meta.unbox(params["fitted"]))
     buckets = codec.similarity_edges.shape[0] + 1
     lowest = min(round(buckets * stage.percentile / 100), buckets - 1)
     draw = jax.vmap(lambda key: jax.random.randint(key, (), lowest, buckets))

@@ -20,7 +20,7 @@ os.environ.setdefault(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from diffax import main  # noqa: E402
+from diffax import main, parallel  # noqa: E402
 
 # So that a command run inside the tests computes exactly what it computes as a process of its own.
 main.set_cpu_flags()
@@ -31,3 +31,9 @@ def forget_programs():
     """Frees the programs of a file of tests behind it: each takes memory maps, and a process has 65,530 at most."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def cut_small_arrays(monkeypatch):
+    """So that fsdp has something to cut in the small networks here."""
+    monkeypatch.setattr(parallel, "WHOLE_BELOW", 1)

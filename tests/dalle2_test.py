@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import diffax
-from diffax import codes, conditioning, guidance, main, models, pipeline, schedules, stages, train
+from diffax import ahead, codes, conditioning, guidance, main, models, parallel, pipeline, schedules, stages, train
 from diffax import config as configs
 from diffax.errors import UserError
 from diffax.process import Prediction
@@ -208,6 +208,16 @@ def test_the_code_prior_makes_embeddings(ar):
     chex.assert_trees_all_close(*free, atol=1e-5)
     told = [sample_fn(0, 24, prompt=p, guidance=4.0) for p in ("a red circle", "a blue square")]
     assert np.abs(told[0] - told[1]).max() > 1e-2
+
+
+def test_parameters_cut_over_the_devices_make_the_same(dalle2, made, ar):
+    """As under fsdp, with what is fitted to the data; every array of them whose sides 4 devices divide."""
+    prior, _, _ = ar
+    cut, cut_prior = (dataclasses.replace(s, config={**s.config, "parallel": "fsdp"}) for s in (dalle2, prior))
+    chex.assert_trees_all_close(cut(0, prompt=PROMPTS, every_stage=True), made, atol=1e-4)
+    chex.assert_trees_all_close(cut_prior(0, prompt=PROMPTS), prior(0, prompt=PROMPTS), atol=1e-5)
+    there = parallel.settled(dalle2.params, "fsdp")
+    assert ahead.device_bytes(there) < 0.4 * ahead.tree_bytes(there)
 
 
 def test_the_loss_of_codes_is_their_cross_entropy(ar):

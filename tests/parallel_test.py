@@ -53,12 +53,34 @@ def test_fetch_reads_replicated_values():
     np.testing.assert_array_equal(parallel.fetch(tree)["a"], [0, 1, 2])
 
 
+def test_only_large_arrays_are_cut(monkeypatch):
+    monkeypatch.undo()
+    where = parallel.layout("fsdp")
+    tree = {"w": np.zeros((3, 256, 512)), "odd": np.zeros((257, 1025)), "b": np.zeros(512)}
+    found = {name: sharding.spec for name, sharding in parallel.shardings(where, tree).items()}
+    assert found["w"] == jax.P(None, None, parallel.AXIS)
+    assert found["odd"] == found["b"] == jax.P()
+
+
+def test_a_shard_follows_its_axis():
+    """Through Flax's transformations, which put an axis in and take it out again."""
+    shard = parallel.Shard(np.zeros((2, 3, 4)), 1)
+    for index, axis in [(0, 2), (1, 2), (2, 1)]:
+        more = shard.add_axis(index, {})
+        assert more.axis == axis and more.remove_axis(index, {}).axis == 1
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
 
 
+CUTTING = """
+from diffax import main, parallel
+parallel.WHOLE_BELOW = 1
+raise SystemExit(main.run())
+"""
 LOCAL = Path(__file__).parent.parent / "launch" / "local.sh"
 
 
@@ -79,7 +101,7 @@ def start_processes(count, workdir, mode, logs):
         with log.open("w") as file:
             jobs.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "diffax.main", *flags],
+                    [sys.executable, "-c", CUTTING, *flags],
                     env=os.environ | {"XLA_FLAGS": device_flags},
                     stdout=file,
                     stderr=subprocess.STDOUT,

@@ -211,7 +211,7 @@ def sample_codes(
         logits, cache = ask(codes, cache, n)
         return (codes.at[:, n].set(choose_code(logits, n)), cache), None
 
-    length = params["position"].shape[0]
+    length = nn.meta.unbox(params["position"]).shape[0]
     codes = jnp.zeros((len(keys), length), jnp.int32)
     logits, cache = ask(codes, {})  # of no code but the first; what the cache holds of others is overwritten in time
     codes = codes.at[:, 0].set(choose_code(logits, jnp.int32(0)))
