@@ -441,7 +441,28 @@ def _sample_report(config: Mapping[str, Any], name: str, devices, about: Mapping
     if "seconds" in found:
         found["images_per_second"] = n / found["seconds"]
     if found["fits"] is False:
-        found["remedies"] = [f"--config.sample.batch_size={about['count']}"] if n > about["count"] else []
+        held = device_bytes(params)
+        more = {"held": held, "rest": found["total"] - held, "samples": n // about["count"], "devices": about["count"]}
+        found["remedies"] = sample_remedies(**more, limit=found["limit"], cut=about["parallel"] == "fsdp")
+    return found
+
+
+def sample_remedies(*, held: float, rest: float, samples: int, devices: int, limit: float, cut: bool) -> list[str]:
+    """The flags that would make a sampler fit, by estimate: the fewest that do; empty if nothing helps.
+
+    Args:
+      held: bytes of the parameters on each device.
+      rest: bytes of all else, which grows with the samples.
+      samples: of each device.
+      devices: how many.
+      limit: bytes that each has.
+      cut: whether the parameters are cut already (fsdp).
+    """
+    fewer = {} if samples == 1 else {f"--config.sample.batch_size={devices}": (held, rest / samples)}
+    fsdp = {} if cut or devices == 1 else {"--config.parallel=fsdp": (held / devices, rest)}
+    found = [flag for flag, needs in {**fewer, **fsdp}.items() if sum(needs) <= limit]
+    if not found and fewer and fsdp and held / devices + rest / samples <= limit:
+        return [" ".join((*fsdp, *fewer))]
     return found
 
 

@@ -80,6 +80,18 @@ def test_remedies_are_combined_where_none_suffices():
     assert ahead.remedies(need._replace(activations=6 * GIB), {"fsdp": 1.0}) == [{"fsdp": True}]
 
 
+def test_remedies_of_a_sampler():
+    """12 GiB of parameters and 8 of the rest, 4 samples on each of 8 devices: 14 with one each, 9.5 cut, 3.5 both."""
+    need = {"held": 12 * GIB, "rest": 8 * GIB, "samples": 4, "devices": 8, "cut": False}
+    fewer, cut = "--config.sample.batch_size=8", "--config.parallel=fsdp"
+    for limit, found in [(16, [fewer, cut]), (10, [cut]), (4, [f"{cut} {fewer}"]), (3, [])]:
+        assert ahead.sample_remedies(**need, limit=limit * GIB) == found
+    need |= {"held": 1.5 * GIB, "cut": True}
+    assert ahead.sample_remedies(**need, limit=4 * GIB) == [fewer]
+    assert ahead.sample_remedies(**{**need, "samples": 1}, limit=9 * GIB) == []
+    assert ahead.sample_remedies(held=2.0, rest=2.0, samples=1, devices=1, limit=3.0, cut=False) == []
+
+
 def test_the_largest_block():
     params = {
         "unet": {"a": {"w": jnp.zeros((2, 3))}, "b": {"w": jnp.zeros(5), "b": jnp.zeros(2)}},
