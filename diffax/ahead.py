@@ -96,10 +96,11 @@ def device_bytes(tree: Any) -> int:
 
 
 def largest_block(params: Any) -> int:
-    """Bytes of the largest child of a network's parts {part: {child: parameters}}, all devices together."""
+    """Bytes of the largest block or layer by itself of a network, all devices together."""
     sizes: dict[Any, int] = collections.defaultdict(int)
     for path, leaf in jax.tree.leaves_with_path(params):
-        sizes[path[:2]] += tree_bytes(leaf)
+        ends = (i + 1 for i, key in enumerate(path) if re.search("block|attention", key.key))
+        sizes[path[: next(ends, -1)]] += tree_bytes(leaf)
     return max(sizes.values())
 
 
@@ -226,11 +227,17 @@ def lower_train(config: Mapping[str, Any], name: str, devices: Sequence[Any] | N
 
 
 def lower_sample(config: Mapping[str, Any], name: str, devices: Sequence[Any] | None) -> tuple[Any, int, Any]:
-    """The sampler of one stage, traced for the devices; how many samples it makes; its parameters, there."""
+    """The sampler of one stage, traced for the devices, under fsdp for those of one host, which share its parameters.
+
+    Returns:
+      It, how many samples all devices make, and its parameters as shapes, placed as they would be.
+    """
     stage, mode = stages.build(config, name), parallel.sampling_mode(config["parallel"])
-    where = parallel.layout(mode, devices)
-    there = list(where.mesh.devices.flat)
-    n = -(-config["sample"]["batch_size"] // len(there)) * len(there)
+    every = list(parallel.layout("pmap", devices).mesh.devices.flat)
+    there = [d for d in every if d.process_index == every[0].process_index] if mode == "fsdp" else every
+    where = parallel.layout(mode, there)
+    total = -(-config["sample"]["batch_size"] // len(every)) * len(every)
+    n = total * len(there) // len(every)
 
     def init():
         found = {part: stages.init_params(stages.build(config, part), jax.random.key(0)) for part in stage.sections}
@@ -247,7 +254,7 @@ def lower_sample(config: Mapping[str, Any], name: str, devices: Sequence[Any] | 
     args = parallel.abstract_batch(where, (keys, scales, cond)) if len(there) > 1 else (keys, scales, cond)
     mapped = parallel.spread(lambda params, keys, scales, cond: pure(params, keys, **scales, **cond), there, mode)
     params = parallel.abstract(where, init)
-    return mapped.lower(params, args), n, params
+    return mapped.lower(params, args), total, params
 
 
 def saved_bytes(config: Mapping[str, Any], name: str) -> int:
@@ -330,8 +337,9 @@ def measure(compiled: Any) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a report depends on."""
-    found = {}
+    """Of what a report depends on; 'source' is a digest of diffax, which changes more often than its version."""
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    found = {"source": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]}
     for name in ("diffax", "jax", "jaxlib", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -442,12 +450,22 @@ def _sample_report(config: Mapping[str, Any], name: str, devices, about: Mapping
         found["images_per_second"] = n / found["seconds"]
     if found["fits"] is False:
         held = device_bytes(params)
-        more = {"held": held, "rest": found["total"] - held, "samples": n // about["count"], "devices": about["count"]}
-        found["remedies"] = sample_remedies(**more, limit=found["limit"], cut=about["parallel"] == "fsdp")
+        hosts = len({d.process_index for d in devices}) if devices else 1
+        found["remedies"] = sample_remedies(
+            held=held,
+            rest=found["total"] - held,
+            samples=n // about["count"],
+            devices=about["count"],
+            hosts=hosts,
+            limit=found["limit"],
+            cut=about["parallel"] == "fsdp",
+        )
     return found
 
 
-def sample_remedies(*, held: float, rest: float, samples: int, devices: int, limit: float, cut: bool) -> list[str]:
+def sample_remedies(
+    *, held: float, rest: float, samples: int, devices: int, hosts: int, limit: float, cut: bool
+) -> list[str]:
     """The flags that would make a sampler fit, by estimate: the fewest that do; empty if nothing helps.
 
     Args:
@@ -455,13 +473,15 @@ def sample_remedies(*, held: float, rest: float, samples: int, devices: int, lim
       rest: bytes of all else, which grows with the samples.
       samples: of each device.
       devices: how many.
+      hosts: that these are of; one's share its parameters.
       limit: bytes that each has.
       cut: whether the parameters are cut already (fsdp).
     """
     fewer = {} if samples == 1 else {f"--config.sample.batch_size={devices}": (held, rest / samples)}
-    fsdp = {} if cut or devices == 1 else {"--config.parallel=fsdp": (held / devices, rest)}
+    part = held * hosts / devices
+    fsdp = {} if cut or devices == hosts else {"--config.parallel=fsdp": (part, rest)}
     found = [flag for flag, needs in {**fewer, **fsdp}.items() if sum(needs) <= limit]
-    if not found and fewer and fsdp and held / devices + rest / samples <= limit:
+    if not found and fewer and fsdp and part + rest / samples <= limit:
         return [" ".join((*fsdp, *fewer))]
     return found
 

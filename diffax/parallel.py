@@ -108,8 +108,8 @@ def shardings(where: Layout, tree: Any) -> Any:
 class Shard(nn.meta.AxisMetadata):
     """A parameter of which each device has a part; the layer that asks Flax for it gets the whole.
 
-    So it is gathered where it is used, and by a block that is computed again for the backward pass (remat) again: no
-    device has all parameters at once. The gradient is the part's, summed over the devices.
+    So it is gathered where it is used, and by a block that is computed again for the backward pass (remat) again, and
+    need not be kept. The gradient is the part's, summed over the devices.
 
     Attributes:
       part: this device's.
@@ -146,8 +146,15 @@ def _boxed(params: Any, cuts: Any) -> Any:
 
 
 def whole(params: Any) -> Any:
-    """Within a program: all of each parameter, of which there may be `Shard`s."""
+    """Within a program: parameters, with every `Shard` among them gathered."""
     return nn.meta.unbox(params)
+
+
+def tied(params: Any, to: Any) -> Any:
+    """Within a loop: parameters, whose `Shard`s wait for `to`, so that XLA gathers none of them before the loop."""
+    if not any(map(_is_shard, jax.tree.leaves(params, is_leaf=_is_shard))):
+        return params
+    return jax.lax.optimization_barrier((params, to))[0]
 
 
 def mean(tree: Any, axis_name: str | None) -> Any:
@@ -180,7 +187,7 @@ def on_each_device(where: Layout | None, fn: Callable) -> Callable:
         return fn
 
     def over(params, batch, *shared, axis_name=None):
-        del axis_name  # of a program of one device
+        del axis_name  # None here: `fn` is given that of the mesh
         cuts = _cuts(where, params)
 
         def each(params, batch, *shared):
@@ -305,7 +312,7 @@ def spread(fn: Callable, devices: Sequence[Any], mode: str = "pmap") -> Callable
     """`fn(shared, *per_example)` as a program (shared, [per_example, ...]) of several devices, or of the only one.
 
     Under pmap on several the arrays of the examples have a leading device axis, and so have the results. Under fsdp
-    they have none, and `shared` is cut, large arrays of it `Shard`s to `fn`.
+    there is no such axis; `shared` is cut, and `fn` gets its large arrays as `Shard`s.
     """
 
     def run(shared, args):
@@ -333,7 +340,7 @@ def spread(fn: Callable, devices: Sequence[Any], mode: str = "pmap") -> Callable
 def map_batch(fn: Callable, *, devices: list | None = None, mode: str = "pmap") -> Callable:
     """Runs `fn(shared, *per_example)` over this process's devices, for any number of examples.
 
-    On one device it is jitted; on several it is pmapped, the examples padded by repeating the last and trimmed
+    On one device it is jitted; on several each takes its share, the examples padded by repeating the last and trimmed
     afterwards. One program is compiled per padded size.
 
     Args:

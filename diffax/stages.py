@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import codes, conditioning, guidance, losses, models, samplers, schedules, timesteps, tokenizer
+from diffax import codes, conditioning, guidance, losses, models, parallel, samplers, schedules, timesteps, tokenizer
 from diffax import config as configs
 from diffax.models import clip
 from diffax.process import diffuse, expand, posterior, predict
@@ -485,10 +485,15 @@ def guided_denoiser(stage: Stage, params: Mapping[str, Params], scale: Array | N
       The denoiser; with a classifier it also reads 'label', with a CLIP 'clip_text', an embedding [B, E].
     """
     names = [name for name in stage.guidance if scale is not None or name not in SCALED]
-    denoise = denoiser(stage, params[stage.name])
-    if stage.last:
-        denoise = guidance.finish_with(denoiser(stage, params[stage.last]))(denoise)
-    return guidance.guided(denoise, [GUIDANCE[n](stage, params, scale) for n in names])
+
+    def guided(z: Array, step: Transition, **cond: Array):
+        there = parallel.tied(params, z)  # it is called in a loop
+        denoise = denoiser(stage, there[stage.name])
+        if stage.last:
+            denoise = guidance.finish_with(denoiser(stage, there[stage.last]))(denoise)
+        return guidance.guided(denoise, [GUIDANCE[n](stage, there, scale) for n in names])(z, step, **cond)
+
+    return guided
 
 
 # ---- embeddings -----------------------------------------------------------------------------------------------------
@@ -556,8 +561,8 @@ class Objective(NamedTuple):
       loss: (params, extra, batch, keys [n], position [n], total, gather) -> (loss [n], metrics, feedback): the loss of
         each of n examples, which stand at `position` among the `total` of the global batch; metrics {name: (sum,
         count)}; feedback, a tree of arrays [n]. Parameters are read through Flax, which makes whole those that are cut
-        over the devices. `gather` brings the examples of all devices together, [n, ...] ->
-        [N, ...]; without it those at hand are all.
+        over the devices. `gather` brings the examples of all devices together, [n, ...] -> [N, ...]; without it those
+        at hand are all.
       update_extra: (extra, feedback of the whole global batch) -> extra.
     """
 

@@ -198,10 +198,10 @@ def mean_gradient(
     gradient = sharpness_aware(gradient, sam) if sam else gradient
 
     def microbatch(total, part):
-        (loss, (metrics, feedback)), grads = gradient(params, *part)
+        (loss, (metrics, feedback)), grads = gradient(parallel.tied(params, part), *part)
         return jax.tree.map(jnp.add, total, (loss, grads, metrics)), feedback
 
-    # Every accumulate-th example goes into one microbatch: so a batch that is one array of all devices may be cut.
+    # Every accumulate-th example goes into one microbatch: the same ones on any number of devices.
     parts = jax.tree.map(
         lambda a: jnp.moveaxis(a.reshape(n // accumulate, accumulate, *a.shape[1:]), 1, 0), (batch, keys, position)
     )

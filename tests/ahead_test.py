@@ -82,14 +82,17 @@ def test_remedies_are_combined_where_none_suffices():
 
 def test_remedies_of_a_sampler():
     """12 GiB of parameters and 8 of the rest, 4 samples on each of 8 devices: 14 with one each, 9.5 cut, 3.5 both."""
-    need = {"held": 12 * GIB, "rest": 8 * GIB, "samples": 4, "devices": 8, "cut": False}
+    need = {"held": 12 * GIB, "rest": 8 * GIB, "samples": 4, "devices": 8, "hosts": 1, "cut": False}
     fewer, cut = "--config.sample.batch_size=8", "--config.parallel=fsdp"
     for limit, found in [(16, [fewer, cut]), (10, [cut]), (4, [f"{cut} {fewer}"]), (3, [])]:
         assert ahead.sample_remedies(**need, limit=limit * GIB) == found
     need |= {"held": 1.5 * GIB, "cut": True}
     assert ahead.sample_remedies(**need, limit=4 * GIB) == [fewer]
     assert ahead.sample_remedies(**{**need, "samples": 1}, limit=9 * GIB) == []
-    assert ahead.sample_remedies(held=2.0, rest=2.0, samples=1, devices=1, limit=3.0, cut=False) == []
+    one = {"held": 2.0, "rest": 2.0, "samples": 1, "limit": 3.0, "cut": False}
+    assert ahead.sample_remedies(**one, devices=1, hosts=1) == []
+    assert ahead.sample_remedies(**one, devices=8, hosts=4) == [cut], "the two of a host have a half each"
+    assert ahead.sample_remedies(**one, devices=8, hosts=8) == []
 
 
 def test_the_largest_block():
@@ -98,6 +101,8 @@ def test_the_largest_block():
         "text": {"c": jnp.zeros(6)},
     }
     assert ahead.largest_block(params) == 4 * 7
+    params = {"block_0": {"conv": {"w": jnp.zeros(3)}, "norm": {"w": jnp.zeros(1)}}, "out": {"w": jnp.zeros(3)}}
+    assert ahead.largest_block(params) == 4 * 4, "of a network that is no part of another"
 
 
 def test_remedies_go_on_from_the_microbatches_that_there_are():
@@ -181,6 +186,25 @@ def test_a_block_that_is_computed_again_gathers_its_parameters_again():
     lowered, _ = lowered_micro(remat="blocks")
     again = lowered.as_text().count("stablehlo.all_gather") - len(cut)
     assert len(inside) > again >= sum("bias" not in name for name in inside) > 20
+
+
+def in_and_out_of_loops(program: str) -> tuple[int, int]:
+    """How often parameters are gathered in a compiled program, in its loops and before or after them."""
+    counts = [part.count(" all-gather(") for part in program.split("\nENTRY")]
+    return counts[0], counts[1]
+
+
+def test_parameters_are_gathered_within_loops_and_not_before():
+    """XLA:CPU would gather all that a loop does not change ahead of it, and a device would have them all at once."""
+    config = {**MICRO, "parallel": "fsdp"}
+    lowered, n, params = ahead.lower_sample(config, "base", None)
+    assert n == 8 and not params["base"]["unet"]["conv_in"]["kernel"].sharding.is_fully_replicated
+    within, outside = in_and_out_of_loops(lowered.compile().as_text())
+    assert within > 100 and outside == 0
+    config["base"] = {**MICRO["base"], "train": MICRO["base"]["train"] | {"accumulate": 2}}
+    lowered, _ = ahead.lower_train(config, "base", None)
+    within, outside = in_and_out_of_loops(lowered.compile().as_text())
+    assert within > 100 and outside < 10, "what is told of each example is gathered in the end"
 
 
 def test_flash_attention_is_divided_over_the_devices_of_fsdp():

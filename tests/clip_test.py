@@ -5,12 +5,13 @@ import json
 import math
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import convert, guidance, losses, parallel, process, schedules
+from diffax import convert, guidance, losses, parallel, process, schedules, stages, train
 from diffax.convert import clip as converter
 from diffax.models import clip
 from tests.parity import golden
@@ -593,12 +594,25 @@ def test_gradients_do_not_depend_on_the_number_of_devices(devices):
             chex.assert_trees_all_close(jax.tree.map(lambda a, i=device: a[i], out), want, rtol=1e-6, atol=1e-6)
 
 
-def test_the_compiler_finds_the_same_gradients_where_a_batch_is_cut_over_devices():
-    params, batch, want = whole_batch()
-    cut = parallel.layout("jit").by_example
-    assert cut.mesh.size == jax.device_count() > 1
-    out = jax.jit(step)(params, jax.device_put(batch, cut), jax.device_put(np.arange(16), cut))
-    chex.assert_trees_all_close(out, want, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("mode", ["jit", "fsdp"])
+def test_gradients_are_the_same_in_one_program_of_all_devices(mode):
+    """By `train.mean_gradient` on each device: cut parameters are gathered, their gradients summed and divided."""
+    params, batch, (_, want) = whole_batch()
+
+    def loss(params, extra, batch, keys, position, total, gather):
+        params = nn.meta.unbox(params)
+        image, text = (batch[name] @ params[name] for name in ("image", "text"))
+        value, _ = losses.contrastive(image, text, params["logit_scale"], position, gather=gather)
+        return value, {}, ()
+
+    objective = stages.Objective(lambda key: params, lambda: (), loss, lambda extra, feedback: extra)
+    where = parallel.layout(mode)
+    assert where.mesh.size == jax.device_count() > 1
+    gradient = functools.partial(train.mean_gradient, objective=objective, accumulate=1, sam=0.0)
+    got, _ = jax.jit(parallel.on_each_device(where, gradient))(params, batch, (), jax.random.key(0))
+    cut = [name for name, a in got.items() if not a.sharding.is_fully_replicated]
+    assert cut == (["image", "text"] if mode == "fsdp" else [])
+    chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_a_pair_is_found_by_its_place_whatever_the_order():

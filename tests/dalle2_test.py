@@ -210,12 +210,15 @@ def test_the_code_prior_makes_embeddings(ar):
     assert np.abs(told[0] - told[1]).max() > 1e-2
 
 
-def test_parameters_cut_over_the_devices_make_the_same(dalle2, made, ar):
+def test_parameters_cut_over_the_devices_make_the_same(dalle2, made, ar, monkeypatch):
     """As under fsdp, with what is fitted to the data; every array of them whose sides 4 devices divide."""
     prior, _, _ = ar
+    gathered, unbox = set(), parallel.Shard.unbox
+    monkeypatch.setattr(parallel.Shard, "unbox", lambda shard: (gathered.add(shard.part.shape), unbox(shard))[1])
     cut, cut_prior = (dataclasses.replace(s, config={**s.config, "parallel": "fsdp"}) for s in (dalle2, prior))
     chex.assert_trees_all_close(cut(0, prompt=PROMPTS, every_stage=True), made, atol=1e-4)
     chex.assert_trees_all_close(cut_prior(0, prompt=PROMPTS), prior(0, prompt=PROMPTS), atol=1e-5)
+    assert len(gathered) > 20
     there = parallel.settled(dalle2.params, "fsdp")
     assert ahead.device_bytes(there) < 0.4 * ahead.tree_bytes(there)
 

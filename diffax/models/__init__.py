@@ -250,7 +250,7 @@ def _conditioners(
     width = text.get("width", Text.width) if "text" in takes else clip.sequence_width
     if isinstance(network, CodePrior):
         return {
-            "text": lambda: Text(style, network.width, **text, name="text"),
+            "text": lambda: Text(style, network.width, **text, remat=network.remat, name="text"),
             "text_features": features(width, norm=True),
             "text_embedding": embedding("text_embedding", tokens=1, width=width),
             "similarity": lambda: Similarity(style, count("similarity"), width, name="similarity"),
@@ -258,7 +258,7 @@ def _conditioners(
     vector, tokens = 4 * network.channels, dict(tokens=clip.tokens, width=width)
     return {
         "label": lambda: Label(count("label"), vector, null_label, name="label"),
-        "text": lambda: Text(style, vector, **text, name="text"),
+        "text": lambda: Text(style, vector, **text, remat=network.remat, name="text"),
         "inpaint": lambda: Inpaint(name="inpaint"),
         "low_res": lambda: LowRes(resize, name="low_res"),
         "low_res_time": lambda: Clock(

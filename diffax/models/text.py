@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffax.models.layers import Style, TransformerBlock, dense, layer_norm
+from diffax.models.layers import Style, TransformerBlock, dense, layer_norm, rematerialized
 from diffax.models.unet import Context
 
 Array = jax.Array
@@ -28,6 +28,7 @@ class Text(nn.Module):
       final_norm: whether the output is normalised.
       padding_embedding: whether a padded position is an embedding of its own, or that of the last token (GPT-2's end of
         text, which GLIDE pads with) in its place.
+      remat: what is computed again for the backward pass, see `layers.rematerialized`.
     """
 
     style: Style
@@ -39,6 +40,7 @@ class Text(nn.Module):
     length: int = 128
     final_norm: bool = True
     padding_embedding: bool = True
+    remat: str = "none"
 
     null = -1  # at every position: the empty caption
 
@@ -70,8 +72,9 @@ class Text(nn.Module):
         if self.padding_embedding:
             h = jnp.where(padded[..., None], positional("padding"), h)
         h = h.astype(self.style.dtype)
+        block = rematerialized(TransformerBlock, self.remat)
         for i in range(self.layers):
-            h = TransformerBlock(self.style, self.heads, name=f"block_{i}")(h)
+            h = block(self.style, self.heads, name=f"block_{i}")(h)
         if self.final_norm:
             h = layer_norm(self.style, name="norm_out")(h)
         head = self.style._replace(dtype="float32")
