@@ -28,6 +28,7 @@ from diffax.errors import RunError, UserError
 
 PROGRAMS = ("train", "sample")
 QUICK = -1.0  # the least effort of XLA to make a program fast
+FEW = 8  # of fewer pictures XLA:TPU cuts each into strips that overlap, to convolve them: about six times the bytes
 GIB = 2**30
 
 
@@ -410,11 +411,12 @@ def _train_report(config: Mapping[str, Any], name: str, devices, about: Mapping[
     found = _compiled(lowered, about, held=state, loops=c["accumulate"], outside=2 * state + params)
     found |= {"steps": c["steps"], "batch_size": c["batch_size"], "accumulate": c["accumulate"], "state": state}
     found["parameters"] = train.count_parameters(run.abstract.params)
+    per_device = c["batch_size"] // run.where.mesh.size // c["accumulate"]
+    found["few"] = few_pictures(config[name]["net"]["name"], per_device, about["platform"])
     if "seconds" in found:
         found["images_per_second"] = c["batch_size"] / found["seconds"]
         found["days"] = found["seconds"] * c["steps"] / 86400
     if found["fits"] is False:
-        per_device = c["batch_size"] // run.where.mesh.size // c["accumulate"]
         sets = 2 if c["accumulate"] > 1 else 1
         rest = max(0.0, found["total"] - state - sets * params)
         block = largest_block(run.abstract.params)
@@ -423,6 +425,11 @@ def _train_report(config: Mapping[str, Any], name: str, devices, about: Mapping[
             found["savings"] = open_savings(config, name)
         found["remedies"] = [as_flags(name, changes) for changes in remedies(need, found["savings"])]
     return found
+
+
+def few_pictures(net: str, pictures: int, platform: str) -> int:
+    """How many pictures a device convolves at once, where they are so few that it matters; else 0."""
+    return pictures if platform == "tpu" and net in ("unet", "classifier") and pictures < FEW else 0
 
 
 def open_savings(config: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -562,6 +569,11 @@ def describe(found: Mapping[str, Any]) -> str:
         f"  roofline, from the vendor's figures, talk between devices left out: {1000 * found['seconds']:,.1f} ms, "
         f"bound by {found['bound']}, {100 * share:.0f} % of the peak; {found['images_per_second']:,.1f} images/s"
     )
+    if found.get("few"):
+        lines.append(
+            f"  of fewer than {FEW} pictures, here {found['few']} in a device's microbatch, a TPU moves some six times "
+            "the bytes of each: take fewer microbatches or devices; remat and fsdp leave more room for pictures"
+        )
     if "days" in found:
         lines.append(f"  {found['steps']:,} steps at that pace: {found['days']:,.1f} days")
     return "\n".join(lines)

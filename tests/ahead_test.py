@@ -316,9 +316,25 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
         "batch 30 in 3 microbatches, bfloat16, remat none, flash attention" in said
         and "30.0 GFLOP and 2.60 GB accessed" in said
     )
+    assert "fewer than 8 pictures" not in said
+    assert "fewer than 8 pictures, here 5 in a device's microbatch" in ahead.describe(row | {"few": 5})
     assert "3.0 ms, bound by arithmetic, 100 % of the peak; 10,000.0 images/s" in said and "-754" not in said
     assert "| pmap, bfloat16, flash, batch 30 / 3 |" in ahead.table([row])
     assert "| 3 ms, arithmetic | 100% | 10,000 | 0.0 |" in ahead.table([row])
+
+
+@pytest.mark.parametrize(
+    "net, pictures, platform, few",
+    [
+        ("unet", 7, "tpu", 7),
+        ("classifier", 1, "tpu", 1),
+        ("unet", 8, "tpu", 0),
+        ("unet", 7, "gpu", 0),
+        ("clip", 7, "tpu", 0),
+    ],
+)
+def test_few_pictures_matter_to_a_tpu_that_convolves_them(net, pictures, platform, few):
+    assert ahead.few_pictures(net, pictures, platform) == few
 
 
 def test_what_a_loop_holds_is_counted_once():
