@@ -39,19 +39,21 @@ class Chip(NamedTuple):
       memory: bytes.
       flops: bfloat16 operations per second, dense, at best.
       bandwidth: bytes of memory per second, at best.
+      links: bytes per second between it and its neighbours in a slice, at best; 0 where that is the network's matter.
     """
 
     memory: float
     flops: float
     bandwidth: float
+    links: float = 0.0
 
 
 # By the name that JAX calls the device. TPUs multiply float32 in bfloat16 too, unless told otherwise; GPUs do not.
 CHIPS = {
-    "TPU v4": Chip(32 * GIB, 275e12, 1228e9),
-    "TPU v5 lite": Chip(16 * GIB, 197e12, 819e9),
-    "TPU v5": Chip(95 * GIB, 459e12, 2765e9),
-    "TPU v6 lite": Chip(32 * GIB, 918e12, 1640e9),
+    "TPU v4": Chip(32 * GIB, 275e12, 1228e9, 300e9),
+    "TPU v5 lite": Chip(16 * GIB, 197e12, 819e9, 200e9),
+    "TPU v5": Chip(95 * GIB, 459e12, 2765e9, 600e9),
+    "TPU v6 lite": Chip(32 * GIB, 918e12, 1640e9, 400e9),
     "NVIDIA A100-SXM4-40GB": Chip(40e9, 312e12, 1555e9),
     "NVIDIA A100-SXM4-80GB": Chip(80e9, 312e12, 2039e9),
     "NVIDIA H100 80GB HBM3": Chip(80e9, 989e12, 3350e9),
@@ -75,6 +77,23 @@ def roofline(flops: float, accessed: float, chip: Chip) -> tuple[float, str]:
     """
     by_arithmetic, by_traffic = flops / chip.flops, accessed / chip.bandwidth
     return max((by_arithmetic, "arithmetic"), (by_traffic, "memory traffic"))
+
+
+def talk(parameters: int, *, devices: int, mode: str, remat: bool, accumulate: int) -> float:
+    """Bytes that one device sends in a train step, at least.
+
+    Gradients are summed once a step, each part by one device and then told to all: two passes. Under fsdp parameters
+    are gathered for every microbatch, with remat twice, and the gradients of each summed by their owners.
+
+    Args:
+      parameters: how many, of 4 bytes.
+      devices: how many.
+      mode: 'pmap', 'jit' or 'fsdp'.
+      remat: whether blocks are computed again.
+      accumulate: microbatches.
+    """
+    passes = (2 + remat) * accumulate if mode == "fsdp" else 2
+    return 4 * parameters * passes * (devices - 1) / devices
 
 
 def tree_bytes(tree: Any) -> int:
@@ -569,6 +588,11 @@ def describe(found: Mapping[str, Any]) -> str:
         f"  roofline, from the vendor's figures, talk between devices left out: {1000 * found['seconds']:,.1f} ms, "
         f"bound by {found['bound']}, {100 * share:.0f} % of the peak; {found['images_per_second']:,.1f} images/s"
     )
+    if seconds := _talk_seconds(found):
+        lines.append(
+            f"  talk between devices, at least, by the vendor's figure: {1000 * seconds:,.1f} ms, more or less of it "
+            "while they compute"
+        )
     if found.get("few"):
         lines.append(
             f"  of fewer than {FEW} pictures, here {found['few']} in a device's microbatch, a TPU moves some six times "
@@ -579,7 +603,19 @@ def describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ("config", "program", "devices", "how", "memory", "TFLOP", "GB", "roofline", "of peak", "images/s", "days")
+def _talk_seconds(found: Mapping[str, Any]) -> float:
+    """The least time of a train step's talk; 0 of a sampler, of one device, and where links are not known."""
+    chip = CHIPS.get(found["kind"])
+    if not chip or not chip.links or "parameters" not in found:
+        return 0.0
+    options = {"mode": found["parallel"], "remat": found["remat"] != "none", "accumulate": found["accumulate"]}
+    return talk(found["parameters"], devices=found["count"], **options) / chip.links
+
+
+COLUMNS = (
+    *("config", "program", "devices", "how", "memory", "TFLOP", "GB", "roofline", "of peak", "talk"),
+    *("images/s", "days"),
+)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -589,12 +625,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         how = [row["parallel"], row["dtype"], *(key for key in ("remat", "flash") if row[key] not in ("none", False))]
         how += [f"batch {row['batch_size']}" + (f" / {row['accumulate']}" if row.get("accumulate", 1) > 1 else "")]
         limit = f" of {row['limit'] / GIB:.1f}" if row.get("limit") else ""
-        work = [""] * 6
+        work = [""] * 7
         if row["fits"] is not False:
             work[:2] = [f"{row['flops'] / 1e12:.2f}", f"{row['accessed'] / 1e9:.1f}"]
         if "seconds" in row:
             share = f"{row['flops'] / row['seconds'] / CHIPS[row['kind']].flops:.0%}"
-            work[2:] = [f"{1000 * row['seconds']:,.0f} ms, {row['bound']}", share, f"{row['images_per_second']:,.0f}"]
+            sent = _talk_seconds(row)
+            work[2:] = [f"{1000 * row['seconds']:,.0f} ms, {row['bound']}", share]
+            work += [f"{1000 * sent:,.0f} ms" if sent else "", f"{row['images_per_second']:,.0f}"]
             work += [f"{row['days']:,.1f}" if "days" in row else ""]
         memory = f"{row['total'] / GIB:.1f}{limit} GiB" + (" **does not fit**" if row["fits"] is False else "")
         devices = row["topology"] or f"{row['count']} x {row['kind']}"

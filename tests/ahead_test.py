@@ -1,5 +1,6 @@
 """What compiled programs are said to need: the arithmetic by hand, and the command on the devices of the tests."""
 
+import functools
 import json
 import re
 
@@ -320,7 +321,21 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
     assert "fewer than 8 pictures, here 5 in a device's microbatch" in ahead.describe(row | {"few": 5})
     assert "3.0 ms, bound by arithmetic, 100 % of the peak; 10,000.0 images/s" in said and "-754" not in said
     assert "| pmap, bfloat16, flash, batch 30 / 3 |" in ahead.table([row])
-    assert "| 3 ms, arithmetic | 100% | 10,000 | 0.0 |" in ahead.table([row])
+    assert "| 3 ms, arithmetic | 100% |  | 10,000 | 0.0 |" in ahead.table([row])
+    # 1,000 parameters, of 4 bytes, of which each device of 2 sends the other half, twice
+    monkeypatch.setitem(ahead.CHIPS, "toy", ahead.Chip(GIB, 1e13, 1e12, 1e6))
+    row |= {"parameters": 1000}
+    assert "| 3 ms, arithmetic | 100% | 4 ms | 10,000 | 0.0 |" in ahead.table([row])
+    assert "talk between devices, at least, by the vendor's figure: 4.0 ms" in ahead.describe(row)
+
+
+def test_bytes_that_a_device_sends():
+    """Of 3 of 4 parts of 40 bytes: a sum is brought together and told, 2; under fsdp 2 or 3 for each microbatch."""
+    of = functools.partial(ahead.talk, 10, devices=4)
+    assert of(mode="pmap", remat=True, accumulate=8) == of(mode="jit", remat=False, accumulate=1) == 30 * 2
+    assert of(mode="fsdp", remat=False, accumulate=1) == 30 * 2
+    assert of(mode="fsdp", remat=True, accumulate=4) == 30 * 3 * 4
+    assert ahead.talk(10, devices=1, mode="pmap", remat=False, accumulate=1) == 0
 
 
 @pytest.mark.parametrize(
