@@ -887,4 +887,11 @@ def complain(error: Exception, status: int, argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    try:
+        status = run()
+    except Exception as error:  # none that was thought of
+        traceback.print_exception(error)
+        status = EXIT_FAILED
+    if status not in (0, EXIT_PREEMPTED):
+        parallel.leave(status)
+    sys.exit(status)

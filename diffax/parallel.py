@@ -12,6 +12,8 @@ import itertools
 import math
 import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -457,12 +459,24 @@ def start(coordinator: str = "", count: int = 0, index: int = -1) -> None:
     Raises:
       ValueError: count and index do not name a process.
     """
+    # who is done waits for process 0, which samples and scores alone; JAX would end both after 5 minutes
+    wait = {"shutdown_timeout_seconds": 7 * 24 * 3600}
     if coordinator == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(**wait)
     elif coordinator:
         if not 0 <= index < count:
             raise ValueError(f"process {index} of {count} processes cannot be; with a coordinator both are needed")
-        jax.distributed.initialize(coordinator, count, index)
+        jax.distributed.initialize(coordinator, count, index, **wait)
+
+
+def leave(status: int) -> None:
+    """Ends a process that failed among others at once, which else would wait for them as they wait for it."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if process_index() == 0:
+            time.sleep(2)  # if they fail by the same error, they may say so before they lose their coordinator
+        os._exit(status)
 
 
 def keep_compiled(folder: str) -> None:

@@ -145,6 +145,47 @@ def one_process(tmp_path_factory):
     return workdir
 
 
+FAILING = """
+import functools, sys
+import jax
+from diffax import parallel
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
+parallel.start(sys.argv[1], 2, int(sys.argv[2]))
+print(parallel.process_count(), "processes", flush=True)
+if sys.argv[2] == "1":
+    parallel.leave(3)
+parallel.agree(False)
+"""
+
+
+def test_a_process_that_fails_leaves_nobody_waiting():
+    port = free_port()
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, f"localhost:{port}", str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [job.communicate(timeout=240)[0] for job in jobs]
+    assert all("2 processes" in out for out in outputs), outputs
+    assert jobs[1].returncode == 3 and jobs[0].returncode != 0
+
+
+def test_who_is_done_waits_for_those_who_sample(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: told.append(options))
+    parallel.start("auto")
+    parallel.start("localhost:1", 2, 1)
+    assert [options["shutdown_timeout_seconds"] >= 86400 for options in told] == [True, True]
+
+
+def test_who_is_alone_leaves_as_usual():
+    assert parallel.leave(1) is None
+
+
 def averages(workdir):
     with checkpoint.Checkpoints(workdir / "base" / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.restore_ema()[:2]
