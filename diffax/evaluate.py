@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,11 +157,14 @@ def sample_to_folder(
     about: Mapping[str, Any],
     labels: np.ndarray | None = None,
     shard: int = 1000,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> list[pathlib.Path]:
     """Makes pictures 0 to num - 1 and writes them as .npz files, such as `diffax.compare` reads.
 
     Called again after an interruption, or for more pictures, it makes those that are missing. A file is there whole or
-    not at all, so that at most one of them is lost.
+    not at all, so that at most one of them is lost. Several processes make every count-th file each, in one folder, and
+    process 0 waits for the others.
 
     Args:
       sample: (first, count) -> pictures [count, H, W, C] in [-1, 1]; picture i must depend on i alone.
@@ -169,9 +173,10 @@ def sample_to_folder(
       about: all that the pictures depend on, such as seed, steps, guidance and training step; plain data.
       labels: [num] integers, written with the pictures.
       shard: pictures in one file.
+      process_index, process_count: which of how many processes this is.
 
     Returns:
-      The files, in order.
+      The files, in order; those of other processes may be missing yet, but to process 0.
 
     Raises:
       UserError: the folder holds samples of other settings.
@@ -181,13 +186,18 @@ def sample_to_folder(
     listing = folder / "sampling.json"
     if listing.exists():
         _check_same(listing, stated)
-    images.write_atomically(listing, lambda file: file.write((json.dumps(stated, indent=2) + "\n").encode()))
-    files = []
-    for first in reporting.progress_bar(range(0, num, shard), "files of samples"):
+    if process_index == 0:
+        images.write_atomically(listing, lambda file: file.write((json.dumps(stated, indent=2) + "\n").encode()))
+
+    def is_there(first: int) -> bool:
+        path = folder / f"samples_{first:08d}.npz"
+        return path.exists() and compare.array_shape(path)[0] >= min(shard, num - first)
+
+    every = range(0, num, shard)
+    for first in reporting.progress_bar(every[process_index::process_count], "files of samples"):
         count = min(shard, num - first)
         path = folder / f"samples_{first:08d}.npz"
-        files.append(path)
-        if path.exists() and compare.array_shape(path)[0] >= count:
+        if is_there(first):
             continue
         made = sample(first, count)
         images.check_finite(made, first)
@@ -195,7 +205,17 @@ def sample_to_folder(
         if labels is not None:
             arrays["arr_1"] = np.asarray(labels[first : first + count], np.int64)
         images.write_atomically(path, lambda file, arrays=arrays: np.savez(file, **arrays))
-    return files
+    if process_index == 0:
+        for first in reporting.progress_bar(every, "files of all processes") if process_count > 1 else ():
+            while not is_there(first):
+                time.sleep(0.5)
+    return [folder / f"samples_{first:08d}.npz" for first in every]
+
+
+def samples_folder(workdir: pathlib.Path, choice: Mapping[str, Any]) -> pathlib.Path:
+    """Where the samples of a choice are, see `choices`."""
+    name = "_".join(f"{key}_{value}" for key, value in choice.items())
+    return workdir / "evaluation" / f"samples_{name}" if name else workdir / "samples"
 
 
 def training_pictures(section: Mapping[str, Any], source: pathlib.Path) -> compare.Pictures:
@@ -266,8 +286,7 @@ def compared(
     if features != "inception":
         notes = [*notes, f"no Inception weights (--inception, {INCEPTION}): frechet_patches is no FID"]
     for choice in chosen:
-        name = "_".join(f"{key}_{value}" for key, value in choice.items())
-        folder = workdir / "evaluation" / f"samples_{name}" if name else workdir / "samples"
+        folder = samples_folder(workdir, choice)
         make(folder, choice)
         made, more = compare.statistics_of(folder, measure, about=about)
         results, last = compare.compare(made, real, features=features)

@@ -251,13 +251,16 @@ def sample_many(
     }
     which = {"training_step": dict(sample_fn.step), "ema": job.args.ema, "raw": job.args.raw}
     about = {"seed": c["seed"], **which, "stages": how, "prompts": list(prompts), **choice}
-    return evaluate.sample_to_folder(sample, folder, num, about=about, labels=cond.get("label"))
+    mine = {"process_index": parallel.process_index(), "process_count": parallel.process_count()}
+    return evaluate.sample_to_folder(sample, folder, num, about=about, labels=cond.get("label"), **mine)
 
 
 def save_many(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompts: Sequence[str]) -> None:
     """Samples into files of WORKDIR/samples, for `python -m diffax.evaluate`; draws the first ones."""
     folder, columns = job.workdir / "samples", job.config["sample"]["columns"]
     files = sample_many(job, sample_fn, prompts, folder, {})
+    if parallel.process_index() != 0:
+        return
     with np.load(files[0], allow_pickle=False) as file:
         pipeline.draw_grid(path, images.from_uint8(file["arr_0"][: 8 * columns]), columns=columns)
     print(f"samples: {path}\nsamples: {folder}\nto score them: python -m diffax.evaluate {folder} REFERENCE")
@@ -320,10 +323,14 @@ def run_sample(job: Job) -> None:
             f"{sample_fn.stages[-1].name} makes embeddings and no pictures; --mode=sample; use the config of a whole "
             "system, such as configs/dalle2.py"
         )
-    if parallel.process_index() != 0:
-        return
     if prompts and not sample_fn.tokenizers:
         raise UserError("this model reads no text; --prompt; leave it out")
+    by_all = not given and "low_res" not in sample_fn.takes and c["save"]
+    if by_all and max(c["num"], len(prompts)) > SAMPLES_IN_MEMORY:
+        save_many(job, sample_fn, path, prompts)
+        return
+    if parallel.process_index() != 0:
+        return
     if editing:
         edit_picture(sample_fn, job, prompts, path)
         return
@@ -337,9 +344,6 @@ def run_sample(job: Job) -> None:
         return
     if given or "low_res" in sample_fn.takes:
         made, label = enlarge_samples(job, sample_fn, path, prompts)
-    elif c["save"] and max(c["num"], len(prompts)) > SAMPLES_IN_MEMORY:
-        save_many(job, sample_fn, path, prompts)
-        return
     else:
         found = write_samples(sample_fn, job.config, path, class_names(job), prompts)
         made, label = found["made"], found.get("label")
@@ -607,7 +611,9 @@ def compare_samples(job: Job) -> None:
         raise UserError(
             f"{stage.name} does not make pictures from noise alone; --reference; score the samples of a whole system"
         )
-    if parallel.process_index() != 0:
+    if parallel.process_index() != 0:  # it makes its share of the samples, which process 0 waits for
+        for choice in evaluate.choices(config["eval"]):
+            sample_many(job, sample_fn, prompts, evaluate.samples_folder(job.workdir, choice), choice)
         return
     rows, about = [], {}
     for row, told in evaluate.compared(

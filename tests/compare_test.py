@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import sys
+import threading
 import warnings
 
 import jax
@@ -390,6 +391,20 @@ def sampler(calls, *, stop=10**9):
 
 
 ABOUT = {"seed": 1, "guidance": 1.5, "steps": "ddim25", "training_step": {"base": 1000}}
+
+
+def test_processes_share_the_files_and_the_first_waits(tmp_path):
+    calls, where = ([], [], []), {"about": ABOUT, "shard": 4, "process_count": 3}
+    waiting = threading.Thread(target=evaluate.sample_to_folder, args=(sampler(calls[0]), tmp_path, 18), kwargs=where)
+    waiting.start()
+    evaluate.sample_to_folder(sampler(calls[1]), tmp_path, 18, process_index=1, **where)
+    waiting.join(1.5)
+    assert waiting.is_alive(), "process 2 has made nothing yet"
+    evaluate.sample_to_folder(sampler(calls[2]), tmp_path, 18, process_index=2, **where)
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert calls == ([(0, 4), (12, 4)], [(4, 4), (16, 2)], [(8, 4)])
+    np.testing.assert_array_equal(read_all(compare.open_pictures(tmp_path)), images.to_uint8(sampler([])(0, 18)))
 
 
 def test_samples_go_on_where_they_stopped(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -84,17 +85,17 @@ raise SystemExit(main.run())
 LOCAL = Path(__file__).parent.parent / "launch" / "local.sh"
 
 
-def start_processes(count, workdir, mode, logs):
+def start_processes(count, workdir, mode, logs, flags=()):
     """Starts `diffax.main` as `count` processes with 4 devices in all; each has a log, under pmap all one."""
     device_flags = f"--xla_force_host_platform_device_count={4 // count} --xla_backend_optimization_level=0"
-    more = [f"--config.parallel={mode}"]
+    more = [f"--config.parallel={mode}", *flags]
     if count > 1:
         more += [f"--coordinator=localhost:{free_port()}", f"--processes={count}"]
     jobs = []
     if count > 1 and len(logs) == 1:  # by the script for that
         with logs[0].open("w") as file:
             env = os.environ | {"XLA_FLAGS": device_flags, "PYTHON": sys.executable, "PROCESSES": str(count)}
-            command = ["bash", LOCAL, *micro.flags(workdir, more[0])]
+            command = ["bash", LOCAL, *micro.flags(workdir, more[0], *flags)]
             return [subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)]
     for index, log in enumerate(logs):
         flags = micro.flags(workdir, *more, *([f"--process={index}"] if count > 1 else []))
@@ -110,7 +111,7 @@ def start_processes(count, workdir, mode, logs):
     return jobs
 
 
-def run_processes(count, workdir, mode):
+def run_processes(count, workdir, mode, *flags):
     """Runs them to the end and returns what each printed.
 
     XLA's CPU collectives give up when the other process is 30 s late to the first of them, as it can be on a busy
@@ -118,7 +119,7 @@ def run_processes(count, workdir, mode):
     """
     logs = [workdir.parent / f"{workdir.name}_{index}.log" for index in range(1 if mode == "pmap" else count)]
     for _ in range(3):
-        jobs = start_processes(count, workdir, mode, logs)
+        jobs = start_processes(count, workdir, mode, logs, flags)
         deadline = time.monotonic() + 240
         while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
             if any("DEADLINE_EXCEEDED" in log.read_text() for log in logs):
@@ -143,6 +144,21 @@ def one_process(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
     run_processes(1, workdir, "pmap")
     return workdir
+
+
+def test_two_processes_make_a_share_of_the_samples_each(one_process, tmp_path):
+    """The same pictures as one process, in as many files, and one grid."""
+    flags, made = ("--mode=sample", "--config.sample.save=True", "--config.sample.num=1100"), []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        shutil.copytree(one_process, workdir)
+        outputs = run_processes(count, workdir, "pmap", *flags)
+        assert "".join(outputs).count("to score them:") == 1
+        files = sorted((workdir / "samples").glob("*.npz"))
+        assert [path.name for path in files] == ["samples_00000000.npz", "samples_00001000.npz"]
+        made.append(np.concatenate([np.load(path)["arr_0"] for path in files]))
+    assert made[0].shape == (1100, 8, 8, 1)
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1, "rounding alone"
 
 
 FAILING = """
