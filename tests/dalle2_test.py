@@ -210,6 +210,7 @@ def test_the_code_prior_makes_embeddings(ar):
     assert np.abs(told[0] - told[1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_parameters_cut_over_the_devices_make_the_same(dalle2, made, ar, monkeypatch):
     """As under fsdp, with what is fitted to the data; every array of them whose sides 4 devices divide."""
     prior, _, _ = ar

@@ -146,6 +146,7 @@ def one_process(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_share_of_the_samples_each(one_process, tmp_path):
     """The same pictures as one process, in as many files, and one grid."""
     flags, made = ("--mode=sample", "--config.sample.save=True", "--config.sample.num=1100"), []
