@@ -28,7 +28,7 @@ from diffax.errors import RunError, UserError
 
 PROGRAMS = ("train", "sample")
 QUICK = -1.0  # the least effort of XLA to make a program fast
-FEW = 8  # of fewer pictures XLA:TPU cuts each into strips that overlap, to convolve them: up to six times the bytes
+FEW = 8  # of fewer pictures XLA:TPU cuts each into strips that overlap, to convolve them: about five times the bytes
 GIB = 2**30
 
 
@@ -595,7 +595,7 @@ def describe(found: Mapping[str, Any]) -> str:
         )
     if found.get("few"):
         lines.append(
-            f"  of fewer than {FEW} pictures, here {found['few']} in a device's microbatch, a TPU moves up to 6 times "
+            f"  of fewer than {FEW} pictures, here {found['few']} in a device's microbatch, a TPU moves some 5 times "
             "the bytes of each: take fewer microbatches or devices; remat and fsdp leave more room for pictures"
         )
     if "days" in found:

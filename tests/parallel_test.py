@@ -98,11 +98,11 @@ def start_processes(count, workdir, mode, logs, flags=()):
             command = ["bash", LOCAL, *micro.flags(workdir, more[0], *flags)]
             return [subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)]
     for index, log in enumerate(logs):
-        flags = micro.flags(workdir, *more, *([f"--process={index}"] if count > 1 else []))
+        own = micro.flags(workdir, *more, *([f"--process={index}"] if count > 1 else []))
         with log.open("w") as file:
             jobs.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", CUTTING, *flags],
+                    [sys.executable, "-c", CUTTING, *own],
                     env=os.environ | {"XLA_FLAGS": device_flags},
                     stdout=file,
                     stderr=subprocess.STDOUT,
