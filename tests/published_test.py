@@ -53,7 +53,11 @@ def neutral(network):
     inner = inner.clone(dropout=0.0, remat="none", heads=0 if inner.head_channels else inner.heads)
     if isinstance(inner, models.UNet):
         inner = inner.clone(attention_up=inner.attention_up or inner.attention)
-    return repr(inner), repr(getattr(network, "conditioners", ()))
+    conditioners = [
+        (name, part.clone(remat="none") if hasattr(part, "remat") else part)
+        for name, part in getattr(network, "conditioners", ())
+    ]
+    return repr(inner), repr(conditioners)
 
 
 # ---- recognised ------------------------------------------------------------------------------------------------------
