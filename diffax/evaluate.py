@@ -68,18 +68,23 @@ def bits_per_dim(
     run = parallel.map_batch(lambda params, image, keys, cond: pure(params, image, keys, **cond))
     n = len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
-    done = []
-    for start in reporting.progress_bar(range(0, n, batch_size), "bits per dimension"):
-        index = np.minimum(np.arange(start, start + batch_size), n - 1)
-        out = run(
-            params, batch["image"][index], keys[index], {k: batch[k][index] for k in stage.takes if k != "low_res"}
-        )
-        done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
+    conditions = [k for k in stage.takes if k != "low_res"]
+
+    def some(part: slice) -> losses.BitsPerDim:
+        done = []
+        for start in reporting.progress_bar(range(part.start, part.stop, batch_size), "bits per dimension"):
+            index = np.minimum(np.arange(start, start + batch_size), part.stop - 1)
+            out = run(params, batch["image"][index], keys[index], {k: batch[k][index] for k in conditions})
+            done.append(jax.tree.map(lambda a, left=part.stop - start: np.asarray(a)[:left], out))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *done)
+
+    return parallel.share(some, n)
 
 
 def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[dict]:
     """Scores every combination of `settings` guidance, levels, samplers and steps; the config's own where one is empty.
+
+    Several processes share the sampling and the bounds; each has all of the rows, and trains the same judge.
 
     Args:
       sample_fn: the trained model, from its first stage on.
@@ -125,16 +130,16 @@ def scores(sample_fn: pipeline.SampleFn, section: Mapping[str, Any], settings: M
             row["bits_per_dim"] = float(np.mean(bounds[steps].total))
             row["_curve"] = editing.rate_distortion(bounds[steps])
         if num:
-            given = {} if label is None else {"label": label}
-            made = sample_fn(
+            made = pipeline.sample_together(
+                sample_fn,
                 1,
                 num,
+                {} if label is None else {"label": label},
                 guidance=guidance,
                 level=None if level is None else {stage.name: level},
                 steps=steps if settings["steps"] else None,
                 sampler=sampler,
                 batch_size=settings["batch_size"],
-                **given,
             )
             images.check_finite(made)
             row["_samples"] = made[: 5 * (stage.num_classes or 8)]
@@ -336,7 +341,8 @@ def caption_scores(
     for scale in settings["guidance"] or (None,):
         # A prior keeps its own scale: the paper of unCLIP varies the decoder's alone.
         scales = None if scale is None else {painter.name: scale}
-        made = sample_fn(1, prompt=asked, guidance=scales, batch_size=settings["batch_size"])
+        how = {"guidance": scales, "batch_size": settings["batch_size"]}
+        made = pipeline.sample_together(sample_fn, 1, len(asked), {"prompt": asked}, **how)
         images.check_finite(made)
         row: dict[str, Any] = {
             "steps": painter.num_steps,
@@ -413,7 +419,8 @@ def enlargements(
 
     yield row("bicubic", images.bicubic(small, stage.low_res.factor))
     for level in [level for level in settings["levels"] if 0 < stage.low_res.noise >= level] or (None,):
-        made = sample_fn(1, image=small, level=level, batch_size=settings["batch_size"], **given)
+        how = {"level": level, "batch_size": settings["batch_size"]}
+        made = pipeline.sample_together(sample_fn, 1, len(image), {"image": small, **given}, **how)
         images.check_finite(made)
         more = {"level": stage.low_res.level if level is None else level} if stage.low_res.noise else {}
         shown = {"_small": small[:8], "_made": made[:8], "_real": image[:8]}
@@ -476,6 +483,8 @@ def guide_accuracy(
 ) -> dict[str, np.ndarray]:
     """How well a noised classifier tells pictures, or a CLIP finds captions, from clean data to noise.
 
+    Several processes share the noise levels; each has all of the result.
+
     Args:
       model: the classifier or CLIP.
       params: its parameters.
@@ -497,17 +506,22 @@ def guide_accuracy(
 
     run, n = parallel.map_batch(terms), len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
-    rows, u = [], np.arange(1, levels + 1, dtype=np.float32) / levels
+    u = np.arange(1, levels + 1, dtype=np.float32) / levels
     asked = u if getattr(model, "noised", True) else u[:1]
-    for level in reporting.progress_bar(asked, "noise levels"):
-        done = []
-        for start in range(0, n, batch_size):
-            index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
-            at = np.full(len(index), level, np.float32)
-            out = run(params, batch["image"][index], batch[target][index], keys[index], at)
-            done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
-        rows.append(jax.tree.map(lambda *parts: np.concatenate(parts).mean(), *done))
-    found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def some(part: slice) -> dict[str, np.ndarray]:
+        rows = []
+        for level in reporting.progress_bar(asked[part], "noise levels"):
+            done = []
+            for start in range(0, n, batch_size):
+                index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
+                at = np.full(len(index), level, np.float32)
+                out = run(params, batch["image"][index], batch[target][index], keys[index], at)
+                done.append(jax.tree.map(lambda a, left=n - start: np.asarray(a)[:left], out))
+            rows.append(jax.tree.map(lambda *parts: np.concatenate(parts).mean(), *done))
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    found = parallel.share(some, len(asked))
     return {"u": u} | {name: np.broadcast_to(values, u.shape) for name, values in found.items()}
 
 

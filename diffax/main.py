@@ -46,6 +46,11 @@ class Job(NamedTuple):
 # ---- the modes ------------------------------------------------------------------------------------------------------
 
 
+def writes() -> bool:
+    """Whether this process is the one that writes and prints what all have made."""
+    return parallel.process_index() == 0
+
+
 def run_train(job: Job) -> None:
     """Trains the stages (and the classifiers that guide them) and ends with a grid of samples."""
     config, chosen = job.config, job.args.stage
@@ -141,7 +146,7 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as found:
         run.check(found)
         is_new = found.latest() is None
-    if parallel.process_index() == 0:
+    if writes():
         text = json.dumps(config, indent=2) + "\n"
         images.write_atomically(job.workdir / "config.json", lambda f: f.write(text.encode()))
         names = json.dumps(source.class_names)
@@ -208,7 +213,8 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
 
         def score(params, step):
             found = guide_scores(config, model, params, held_out, source.class_names)
-            evaluate.write_classifier_report(folder, found, step)
+            if writes():
+                evaluate.write_classifier_report(folder, found, step)
 
         return score
     others = [other for other in model.sections if other != model.name]
@@ -224,8 +230,10 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
             write_samples(sample_fn, config, path, source.class_names)
         else:
             small = pipeline.smaller(real["image"], model.low_res.factor)
-            made = sample_fn(0, image=small, **{k: real[k] for k in model.reads if k != "low_res"})
-            pipeline.draw_enlargements(path, small, made, real["image"])
+            given = {"image": small} | {k: real[k] for k in model.reads if k != "low_res"}
+            made = pipeline.sample_together(sample_fn, 0, len(small), given)
+            if writes():
+                pipeline.draw_enlargements(path, small, made, real["image"])
 
     return draw
 
@@ -259,7 +267,7 @@ def save_many(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompt
     """Samples into files of WORKDIR/samples, for `python -m diffax.evaluate`; draws the first ones."""
     folder, columns = job.workdir / "samples", job.config["sample"]["columns"]
     files = sample_many(job, sample_fn, prompts, folder, {})
-    if parallel.process_index() != 0:
+    if not writes():
         return
     with np.load(files[0], allow_pickle=False) as file:
         pipeline.draw_grid(path, images.from_uint8(file["arr_0"][: 8 * columns]), columns=columns)
@@ -277,10 +285,11 @@ def write_samples(
     c = config["sample"]
     num = max(c["num"], len(prompts))
     cond = pipeline.sample_conditions(sample_fn, num, prompts)
-    made = sample_fn(c["seed"], num, batch_size=c["batch_size"], every_stage=True, **cond)
-    pipeline.draw_grid(
-        path, made[sample_fn.stages[-1].name], columns=c["columns"], labels=picture_labels(cond, class_names)
-    )
+    how = {"batch_size": c["batch_size"], "every_stage": True}
+    made = pipeline.sample_together(sample_fn, c["seed"], num, cond, **how)
+    if writes():
+        last = made[sample_fn.stages[-1].name]
+        pipeline.draw_grid(path, last, columns=c["columns"], labels=picture_labels(cond, class_names))
     return {"made": made, **cond}
 
 
@@ -329,8 +338,6 @@ def run_sample(job: Job) -> None:
     if by_all and max(c["num"], len(prompts)) > SAMPLES_IN_MEMORY:
         save_many(job, sample_fn, path, prompts)
         return
-    if parallel.process_index() != 0:
-        return
     if editing:
         edit_picture(sample_fn, job, prompts, path)
         return
@@ -340,13 +347,16 @@ def run_sample(job: Job) -> None:
             name = sample_fn.stages[0].name
             raise UserError(f"{name} enlarges no picture; --input; pass --stage=NAME of one that takes 'low_res'")
     if given and not given.endswith(".npz"):
-        enlarge_picture(sample_fn, images.read_image(given), c, path, prompts)
+        if writes():
+            enlarge_picture(sample_fn, images.read_image(given), c, path, prompts)
         return
     if given or "low_res" in sample_fn.takes:
         made, label = enlarge_samples(job, sample_fn, path, prompts)
     else:
         found = write_samples(sample_fn, job.config, path, class_names(job), prompts)
         made, label = found["made"], found.get("label")
+    if not writes():
+        return
     print(f"samples: {path}")
     for name in [stage.name for stage in sample_fn.stages if stage.emits == "low_res"] if c["save"] else ():
         pictures = made[name]
@@ -377,9 +387,10 @@ def edit_picture(sample_fn: pipeline.SampleFn, job: Job, prompts: Sequence[str],
     picture = as_read_by(last, data.image_ops.center_crop(picture, *last.shape[:2]))
     num = max(c["num"], len(prompts))
     cond = pipeline.sample_conditions(sample_fn, num, prompts)
-    made = sample_fn(
-        c["seed"], num, image=picture, mask=mask, strength=args.strength, batch_size=c["batch_size"], **cond
-    )
+    how = {"image": picture, "mask": mask, "strength": args.strength, "batch_size": c["batch_size"]}
+    made = pipeline.sample_together(sample_fn, c["seed"], num, cond, **how)
+    if not writes():
+        return
     known = picture if mask is None else np.where(mask[..., None], picture, 0)
     shown = [picture, known] if mask is not None else [picture]
     labels = ["input", "known"][: len(shown)] + (picture_labels(cond, class_names(job)) or [""] * num)
@@ -418,9 +429,11 @@ def enlarge_samples(
     cond = pipeline.sample_conditions(sample_fn, len(small), prompts)
     if "label" in cond and label is not None:
         cond["label"] = label.astype(np.int32)
-    made = sample_fn(c["seed"], image=small, batch_size=c["batch_size"], every_stage=True, **cond)
-    last = made[sample_fn.stages[-1].name]
-    pipeline.draw_enlargements(path, small[:8], last[:8], None if real is None else real[:8])
+    how = {"batch_size": c["batch_size"], "every_stage": True}
+    made = pipeline.sample_together(sample_fn, c["seed"], len(small), {"image": small, **cond}, **how)
+    if writes():
+        last = made[sample_fn.stages[-1].name]
+        pipeline.draw_enlargements(path, small[:8], last[:8], None if real is None else real[:8])
     return made, cond.get("label")
 
 
@@ -547,7 +560,7 @@ def run_edit(job: Job) -> None:
     sample_fn = load_trained(job)
     if args.prompt is not None and args.edit != "diff" and not editing.decoder_of(sample_fn).tokenizers:
         raise UserError("this decoder reads no text; --prompt; leave it out")
-    if parallel.process_index() != 0:
+    if not writes():  # a few pictures, which one process makes
         return
     last = sample_fn.stages[-1]
     pictures = [as_read_by(last, data.image_ops.center_crop(picture, *last.shape[:2])) for picture in pictures]
@@ -561,7 +574,10 @@ def run_edit(job: Job) -> None:
 
 
 def run_evaluate(job: Job) -> None:
-    """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures. See also `compare_samples`."""
+    """Scores a trained workdir; writes evaluation.json, evaluation.md and pictures. See also `compare_samples`.
+
+    Several processes share what is costly, and each has the numbers; process 0 writes them.
+    """
     if job.args.reference is not None:
         compare_samples(job)
         return
@@ -579,8 +595,10 @@ def run_evaluate(job: Job) -> None:
         return
     stage, folder, rows = sample_fn.stages[-1], job.workdir / "evaluation", []
     for row in evaluate.scores(sample_fn, config[stage.name], config["eval"]):
-        show_row(row)
         rows.append(row)
+        if not writes():
+            continue
+        show_row(row)
         of = "_".join(str(row[k]) for k in ("guidance", "level", "sampler", "steps") if k in row)
         if "_samples" in row:
             grid = {"columns": stage.num_classes or 8, "labels": row.get("_labels")}
@@ -589,6 +607,8 @@ def run_evaluate(job: Job) -> None:
             curve = {"rate-distortion": row["_curve"]}
             panel = images.Panel("rate, bits per dimension", "distortion, RMSE of 0 to 255", curve)
             images.line_plots(folder / f"rate_distortion_{row['steps']}.png", [panel])
+    if not writes():
+        return
     print(evaluate.write_report(job.workdir, rows, report_header(job, sample_fn)))
     plots = {
         "trade_off": evaluate.trade_off(rows),
@@ -611,7 +631,7 @@ def compare_samples(job: Job) -> None:
         raise UserError(
             f"{stage.name} does not make pictures from noise alone; --reference; score the samples of a whole system"
         )
-    if parallel.process_index() != 0:  # it makes its share of the samples, which process 0 waits for
+    if not writes():  # it makes its share of the samples, which process 0 waits for
         for choice in evaluate.choices(config["eval"]):
             sample_many(job, sample_fn, prompts, evaluate.samples_folder(job.workdir, choice), choice)
         return
@@ -651,11 +671,15 @@ def evaluate_enlargement(job: Job, sample_fn: pipeline.SampleFn, name: str) -> N
     alone = dataclasses.replace(alone, stages=alone.stages[:1])
     rows = []
     for row in evaluate.enlargements(alone, job.config[name], job.config["eval"]):
-        show_row(row)
         rows.append(row)
+        if not writes():
+            continue
+        show_row(row)
         if "_made" in row:
             path = job.workdir / name / f"enlargements{'_' + str(row['level']) if 'level' in row else ''}.png"
             pipeline.draw_enlargements(path, row["_small"], row["_made"], row["_real"])
+    if not writes():
+        return
     print(evaluate.write_report(job.workdir / name, rows, report_header(job, alone), name="enlargements"))
 
 
@@ -668,6 +692,8 @@ def evaluate_guide(job: Job, name: str) -> None:
     held_out = evaluate.held_out_examples(section, config["eval"]["num"])
     model = stages.build(config, name)
     found = guide_scores(config, model, params, held_out, class_names(job))
+    if not writes():
+        return
     row = evaluate.write_classifier_report(job.workdir / name, found, step)
     print(f"{name} on {len(held_out['image'])} held-out pictures: {row}", file=sys.stderr, flush=True)
 

@@ -447,6 +447,33 @@ def agree(stop: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(stop))))
 
 
+def share(make: Callable[[slice], Any], n: int) -> Any:
+    """What the processes make together, each its share of n rows; all must call it, and all get the whole.
+
+    Args:
+      make: rows n[slice] -> a tree of their arrays, [rows, ...]; a row must depend on its number alone. Shares are
+        equally long, so that a few rows may be made by two processes; the result has each once.
+      n: how many, at least one.
+
+    Returns:
+      The tree of numpy arrays [n, ...].
+    """
+    count = process_count()
+    if count == 1:
+        return jax.tree.map(np.asarray, make(slice(0, n)))
+    each = -(-n // count)
+    starts = [min(i * each, n - each) for i in range(count)]
+    mine = make(slice(starts[process_index()], starts[process_index()] + each))
+
+    def joined(parts: np.ndarray) -> np.ndarray:
+        rows = np.empty((n, *parts.shape[2:]), parts.dtype)
+        for first, part in zip(starts, parts, strict=True):
+            rows[first : first + each] = part
+        return rows
+
+    return jax.tree.map(joined, multihost_utils.process_allgather(mine))
+
+
 def start(coordinator: str = "", count: int = 0, index: int = -1) -> None:
     """Joins the other processes of a run. To be called before any other use of JAX.
 
@@ -459,7 +486,7 @@ def start(coordinator: str = "", count: int = 0, index: int = -1) -> None:
     Raises:
       ValueError: count and index do not name a process.
     """
-    # who is done waits for process 0, which samples and scores alone; JAX would end both after 5 minutes
+    # who is done waits for process 0, which draws, edits and compares alone; JAX would end both after 5 minutes
     wait = {"shutdown_timeout_seconds": 7 * 24 * 3600}
     if coordinator == "auto":
         jax.distributed.initialize(**wait)

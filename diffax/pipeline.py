@@ -760,6 +760,26 @@ def default_name(config: str | os.PathLike[str]) -> str:
     return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
 
 
+def sample_together(
+    sample_fn: SampleFn, key: int, n: int, each: Mapping[str, Any], **how: Any
+) -> np.ndarray | dict[str, np.ndarray]:
+    """`sample_fn(key, n, **each, **how)`, of which every process makes its share; all must call it, and get the whole.
+
+    Args:
+      sample_fn: the trained model.
+      key: a seed.
+      n: how many.
+      each: arguments that have a value for every picture, such as label, prompt or the images to enlarge.
+      **how: arguments that are the same for all; not `keep`.
+    """
+
+    def make(part: slice) -> Any:
+        own = {name: values[part] for name, values in each.items()}
+        return sample_fn(key, part.stop - part.start, first=part.start, **own, **how)
+
+    return parallel.share(make, n)
+
+
 def load_params(
     config: Mapping[str, Any],
     name: str,

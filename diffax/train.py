@@ -479,7 +479,8 @@ def fit(
 
         def show(step: int) -> None:
             params = next(iter(state.ema.values()), state.params)
-            if draw is not None and (parallel.process_count() == 1 or (primary and run.where.mode == "pmap")):
+            # Parameters that are cut over several processes are nowhere whole.
+            if draw is not None and (parallel.process_count() == 1 or run.where.mode != "fsdp"):
                 draw(jax.device_get(params), step)
             if primary and (rows := reporting.read_metrics(workdir / "metrics.jsonl")):
                 images.loss_curve(workdir / "loss.png", rows, curve)

@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from diffax import checkpoint, parallel
@@ -36,6 +37,32 @@ def test_map_batch_uses_every_device():
 def test_unknown_layout():
     with pytest.raises(ValueError, match="unknown parallel 'dpp'; use one of pmap, jit, fsdp"):
         parallel.layout("dpp")
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 2), (5, 2), (7, 3), (8, 4), (2, 4), (3, 1)])
+def test_processes_share_rows(monkeypatch, n, count):
+    """Each makes its share of them, and has every row once and in order."""
+    made = []
+
+    def make(part):
+        rows = np.arange(n)[part]
+        return {"row": rows, "squares": np.stack([rows, rows**2], 1).astype(np.float32)}
+
+    def meet(mine):
+        """Tells the others what this one has made, and itself what they will have."""
+        made.append(len(mine["row"]))
+        return jax.tree.map(lambda *parts: np.stack(parts), *[make(part) for part in parts])
+
+    each = -(-n // count)
+    parts = [slice(min(i * each, n - each), min(i * each, n - each) + each) for i in range(count)]
+    monkeypatch.setattr(parallel, "process_count", lambda: count)
+    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", meet)
+    for index in range(count):
+        monkeypatch.setattr(parallel, "process_index", lambda index=index: index)
+        found = parallel.share(make, n)
+        np.testing.assert_array_equal(found["row"], np.arange(n))
+        np.testing.assert_array_equal(found["squares"], np.stack([np.arange(n), np.arange(n) ** 2], 1))
+    assert made == ([each] * count if count > 1 else [])
 
 
 @pytest.mark.parametrize("mode", parallel.MODES)
@@ -162,6 +189,25 @@ def test_two_processes_make_a_share_of_the_samples_each(one_process, tmp_path):
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1, "rounding alone"
 
 
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(one_process, tmp_path):
+    """Samples, bounds and the numbers of a judge; one of them writes."""
+    found, pictures = [], []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        shutil.copytree(one_process, workdir)
+        outputs = run_processes(count, workdir, "pmap", "--mode=evaluate")
+        assert "".join(outputs).count("report:") == 1
+        found.append(json.loads((workdir / "evaluation.json").read_text()))
+        pictures.append(np.asarray(PIL.Image.open(next((workdir / "evaluation").glob("samples_*.png"))), np.int32))
+    for one, two in zip(found[0].pop("rows"), found[1].pop("rows"), strict=True):
+        assert one.keys() == two.keys() and "bits_per_dim" in one and "accuracy" in one
+        numbers = [{k: v for k, v in row.items() if not isinstance(v, str)} for row in (one, two)]
+        chex.assert_trees_all_close(*numbers, rtol=1e-3)
+    assert found[0] == found[1]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1, "rounding alone"
+
+
 FAILING = """
 import functools, sys
 import jax
@@ -212,6 +258,9 @@ def averages(workdir):
 def test_two_processes_train_what_one_trains(one_process, tmp_path, mode):
     outputs = run_processes(2, tmp_path, mode)
     assert "".join(outputs).count("samples:") == 1, "one process draws"
+    if mode == "pmap":
+        drawn = [np.asarray(PIL.Image.open(workdir / "samples.png"), np.int32) for workdir in (one_process, tmp_path)]
+        assert np.abs(drawn[0] - drawn[1]).max() <= 1, "each made its share of the same samples"
     chex.assert_trees_all_close(averages(one_process), averages(tmp_path), rtol=1e-6, atol=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
