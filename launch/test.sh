@@ -12,4 +12,4 @@ cd "$root"
 "$venv/bin/python" -m ruff check
 "$venv/bin/python" -m ruff format --check
 export JAX_PLATFORMS=cpu
-exec "$venv/bin/python" -m pytest -n 2 -q --color=no -m "not slow" "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile -q --color=no -m "not slow" "$@"

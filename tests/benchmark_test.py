@@ -281,6 +281,7 @@ def test_overheads_by_hand(scaling):
     assert rows["weak", 2, 2]["than one process"] == "10.0%"
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_step(scaling, tmp_path):
     """Real ones: each makes its own part of the batch, and they wait for each other."""
     with contextlib.ExitStack() as stack:

@@ -4,10 +4,22 @@ Programs are compiled without optimisation: for the small networks here compilin
 pytest's cache folder, because several tests run the same step.
 """
 
+import gc
 import os
 import pathlib
+from importlib import metadata
 
 FLAGS = {"xla_force_host_platform_device_count": 4, "xla_backend_optimization_level": 0}
+# XLA's older code generator compiles a train step in 0.6 of the time, and these hints to LLVM cost another tenth. XLA ends
+# the process over a flag it does not know, hence the exact version.
+if metadata.version("jaxlib") == "0.10.2":
+    FLAGS |= {
+        "xla_cpu_use_fusion_emitters": "false",
+        "xla_llvm_enable_alias_scope_metadata": "false",
+        "xla_llvm_enable_noalias_metadata": "false",
+    }
+# Tracing makes millions of small objects, none of which is garbage yet.
+gc.set_threshold(100_000, 20, 20)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag, value in FLAGS.items():

@@ -27,7 +27,7 @@ CLIP = (
 )
 TEXT = ("net.text.width=8", "net.text.layers=1", "net.text.heads=2", "text.length=8", "net.head_channels=0")
 BASE = (
-    "config.base.shape=8,8,3",
+    *("config.base.shape=8,8,3", "config.base.net.channel_mult=1", "config.base.net.attention=1"),
     "config.eval.guidance=1,3",
     "config.eval.num=10",
     *(f"config.base.{o}" for o in TEXT),
@@ -35,6 +35,7 @@ BASE = (
 ENLARGES = (
     *("config.up.shape=16,16,3", "config.up.low_res.crop=8", "config.up.steps=4", *UP[1:5]),
     *(o for o in UP if "shape" not in o and "up.steps" not in o),
+    *("config.up.net.channel_mult=1", "config.up.net.attention=1"),
     *(f"config.up.{o}" for o in TEXT),
 )
 
