@@ -10,8 +10,8 @@ import pathlib
 from importlib import metadata
 
 FLAGS = {"xla_force_host_platform_device_count": 4, "xla_backend_optimization_level": 0}
-# XLA's older code generator compiles a train step in 0.6 of the time, and these hints to LLVM cost another tenth. XLA ends
-# the process over a flag it does not know, hence the exact version.
+# XLA's older code generator compiles a train step in 0.6 of the time, and without these hints to LLVM it takes a tenth
+# less. XLA ends the process over a flag it does not know, hence the exact version.
 if metadata.version("jaxlib") == "0.10.2":
     FLAGS |= {
         "xla_cpu_use_fusion_emitters": "false",
