@@ -79,21 +79,24 @@ def roofline(flops: float, accessed: float, chip: Chip) -> tuple[float, str]:
     return max((by_arithmetic, "arithmetic"), (by_traffic, "memory traffic"))
 
 
-def talk(parameters: int, *, devices: int, mode: str, remat: bool, accumulate: int) -> float:
+def talk(parameters: int, *, devices: int, mode: str, dtype: str, remat: bool, accumulate: int) -> float:
     """Bytes that one device sends in a train step, at least.
 
     Gradients are summed once a step, each part by one device and then told to all: two passes. Under fsdp parameters
-    are gathered for every microbatch, with remat twice, and the gradients of each summed by their owners.
+    are gathered for every microbatch, with remat twice, and the gradients of each summed by their owners. Gathered are
+    numbers of the type that a layer computes in: XLA:TPU converts before it gathers, if not at the least effort.
 
     Args:
-      parameters: how many, of 4 bytes.
+      parameters: how many; their gradients have 4 bytes.
       devices: how many.
       mode: 'pmap', 'jit' or 'fsdp'.
+      dtype: what the network computes in.
       remat: whether blocks are computed again.
       accumulate: microbatches.
     """
-    passes = (2 + remat) * accumulate if mode == "fsdp" else 2
-    return 4 * parameters * passes * (devices - 1) / devices
+    gathered = (1 + remat) * jnp.dtype(dtype).itemsize
+    each = (gathered + 4) * accumulate if mode == "fsdp" else 2 * 4
+    return parameters * each * (devices - 1) / devices
 
 
 def tree_bytes(tree: Any) -> int:
@@ -608,8 +611,9 @@ def _talk_seconds(found: Mapping[str, Any]) -> float:
     chip = CHIPS.get(found["kind"])
     if not chip or not chip.links or "parameters" not in found:
         return 0.0
-    options = {"mode": found["parallel"], "remat": found["remat"] != "none", "accumulate": found["accumulate"]}
-    return talk(found["parameters"], devices=found["count"], **options) / chip.links
+    options = {key: found[key] for key in ("dtype", "accumulate")}
+    options |= {"mode": found["parallel"], "remat": found["remat"] != "none", "devices": found["count"]}
+    return talk(found["parameters"], **options) / chip.links
 
 
 COLUMNS = (

@@ -331,11 +331,13 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
 
 def test_bytes_that_a_device_sends():
     """Of 3 of 4 parts of 40 bytes: a sum is brought together and told, 2; under fsdp 2 or 3 for each microbatch."""
-    of = functools.partial(ahead.talk, 10, devices=4)
+    of = functools.partial(ahead.talk, 10, devices=4, dtype="float32")
     assert of(mode="pmap", remat=True, accumulate=8) == of(mode="jit", remat=False, accumulate=1) == 30 * 2
     assert of(mode="fsdp", remat=False, accumulate=1) == 30 * 2
     assert of(mode="fsdp", remat=True, accumulate=4) == 30 * 3 * 4
-    assert ahead.talk(10, devices=1, mode="pmap", remat=False, accumulate=1) == 0
+    assert of(mode="fsdp", remat=True, accumulate=4, dtype="bfloat16") == (30 + 15 * 2) * 4, "gathered are halves"
+    assert of(mode="pmap", remat=True, accumulate=4, dtype="bfloat16") == 30 * 2, "gradients are not"
+    assert ahead.talk(10, devices=1, mode="pmap", dtype="float32", remat=False, accumulate=1) == 0
 
 
 @pytest.mark.parametrize(
