@@ -50,7 +50,13 @@ def held_out_examples(section: Mapping[str, Any], limit: int, *, captions: bool 
 
 
 def bits_per_dim(
-    stage: stages.Stage, params: Any, batch: Mapping[str, np.ndarray], *, batch_size: int, seed: int = 0
+    stage: stages.Stage,
+    params: Any,
+    batch: Mapping[str, np.ndarray],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    mode: str = "pmap",
 ) -> losses.BitsPerDim:
     """The variational bound of pictures, along the stage's sampling steps (DDPM section 4; Improved DDPM section 3).
 
@@ -60,12 +66,14 @@ def bits_per_dim(
       batch: 'image' [N, H, W, C] and the conditions that the stage takes.
       batch_size: pictures at once.
       seed: of the noise, one draw for every term.
+      mode: of `parallel.sampling_mode`; under 'fsdp' the devices of a process share the parameters.
 
     Returns:
       The bound and its terms, as numpy.
     """
     pure = stages.bits_per_dim_fn(stage)
-    run = parallel.map_batch(lambda params, image, keys, cond: pure(params, image, keys, **cond))
+    run = parallel.map_batch(lambda params, image, keys, cond: pure(params, image, keys, **cond), mode=mode)
+    params = parallel.settled(params, mode)
     n = len(batch["image"])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(n))
     conditions = [k for k in stage.takes if k != "low_res"]
@@ -431,7 +439,8 @@ def _bound(sample_fn: pipeline.SampleFn, steps: str, real: Mapping[str, np.ndarr
     """The variational bound of the last stage along other steps than its own."""
     stage = sample_fn.stages[-1]
     respaced = dataclasses.replace(stage, sampling=schedules.build_steps(stage.schedule, stage.train_steps, steps))
-    return bits_per_dim(respaced, sample_fn.params[stage.name], real, batch_size=batch_size)
+    params = sample_fn.params[stage.name]
+    return bits_per_dim(respaced, params, real, batch_size=batch_size, mode=sample_fn.mode)
 
 
 def trade_off(rows: Sequence[Mapping[str, Any]]) -> list[images.Panel]:

@@ -111,6 +111,11 @@ class SampleFn:
         return {condition: text_tokenizer(self.config[name]) for condition, name in readers}
 
     @property
+    def mode(self) -> str:
+        """How the devices of a process run it, see `parallel.sampling_mode`."""
+        return parallel.sampling_mode(self.config.get("parallel", "pmap"))
+
+    @property
     def painter(self) -> stages.Stage | None:
         """The first stage that makes pictures; None of a prior alone."""
         return next((s for s in self.stages if s.emits == "low_res"), None)
@@ -196,7 +201,6 @@ class SampleFn:
             raise UserError(f"batch_size is {batch_size} and keep {keep}; sample_fn; use at least 1 and 0")
         if keep and self.stages[-1].emits != "low_res":
             raise UserError(f"keep is {keep}, but {self.stages[-1].name} makes no pictures; sample_fn; leave it out")
-        mode = parallel.sampling_mode(self.config.get("parallel", "pmap"))
         try:
             run = _compiled(
                 self.stages,
@@ -206,7 +210,7 @@ class SampleFn:
                 keep,
                 every_stage,
                 float(strength or 1),
-                mode,
+                self.mode,
             )
         except ValueError as error:
             raise UserError(f"{error}; sample_fn(steps={steps!r})") from error
@@ -215,7 +219,7 @@ class SampleFn:
         if len(keys) != n:
             raise UserError(f"{len(keys)} keys for {n} pictures; sample_fn; pass one for all, or one each")
         size = min(batch_size, 2 ** math.ceil(math.log2(n)))
-        params, done = parallel.settled(self.params, mode), []
+        params, done = parallel.settled(self.params, self.mode), []
         for start in reporting.progress_bar(range(0, n, size), "sampling"):
             # The last batch is filled up: one program serves all.
             index = np.minimum(np.arange(start, start + size), n - 1)

@@ -1,5 +1,6 @@
 """The command end to end on micro configs: train, resume, sample, evaluate; and what bad input gets."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import diffax
-from diffax import checkpoint, main, reporting
+from diffax import checkpoint, evaluate, main, reporting
 from tests import micro
 
 
@@ -63,6 +64,13 @@ def test_evaluate_mode(trained, capsys):
         assert row["bits_per_dim"] > 0 and 0 <= row["accuracy"] <= 1
         assert row["accuracy_of_judge_on_real"] > 0.9
     assert "| steps | sampler | bits_per_dim |" in capsys.readouterr().out
+
+
+def test_the_bound_is_the_same_with_parameters_cut(trained):
+    found = diffax.load(trained)
+    batch = evaluate.held_out_examples(found.config["base"], 6)
+    of = functools.partial(evaluate.bits_per_dim, found.stages[-1], found.params["base"], batch, batch_size=4)
+    chex.assert_trees_all_close(of(mode="pmap"), of(mode="fsdp"), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
