@@ -72,7 +72,7 @@ def run_train(job: Job) -> None:
         for name in names:
             train_stage(job, name, sources[name])
     makes_pictures = any(configs.makes_pictures(config[name]) for name in config["stages"])
-    if makes_pictures and all(is_trained(job, name) for name in configs.trained_sections(config)):
+    if makes_pictures and are_trained(job, configs.trained_sections(config)):
         run_sample(job)
 
 
@@ -113,9 +113,13 @@ def run_embed(job: Job) -> None:
             print(f"embedded: {done} of {total} files, {c['embeddings']}", file=sys.stderr, flush=True)
 
 
-def is_trained(job: Job, name: str) -> bool:
-    """Whether there are checkpoints of a section."""
-    return (pathlib.Path(job.config[name]["workdir"] or job.workdir) / name / "checkpoints").exists()
+def are_trained(job: Job, names: Sequence[str]) -> bool:
+    """Whether there are checkpoints of these sections. Every process must ask.
+
+    All have the same answer, though another job may just be writing the first: what follows they do together.
+    """
+    folders = [pathlib.Path(job.config[name]["workdir"] or job.workdir) / name / "checkpoints" for name in names]
+    return not parallel.agree(not all(folder.exists() for folder in folders))
 
 
 def check_data(name: str, section: dict[str, Any], source: data.Source) -> None:
@@ -218,7 +222,7 @@ def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Ca
 
         return score
     others = [other for other in model.sections if other != model.name]
-    if model.emits != "low_res" or not all(is_trained(job, other) for other in others):
+    if model.emits != "low_res" or not are_trained(job, others):
         return None
     guide = {other: pipeline.load_params(config, other, job.workdir)[0] for other in others}
     real = evaluate.held_out_examples(section, 8) if model.low_res else None
@@ -583,7 +587,7 @@ def run_evaluate(job: Job) -> None:
         return
     config = job.config
     for name in configs.trained_sections(config):
-        if config["eval"]["num"] and not configs.is_sampled(config[name]) and is_trained(job, name):
+        if config["eval"]["num"] and not configs.is_sampled(config[name]) and are_trained(job, [name]):
             evaluate_guide(job, name)
     if not any(configs.makes_pictures(config[name]) for name in config["stages"]):
         return

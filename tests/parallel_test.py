@@ -49,7 +49,8 @@ def test_processes_share_rows(monkeypatch, n, count):
         return {"row": rows, "squares": np.stack([rows, rows**2], 1).astype(np.float32)}
 
     def meet(mine):
-        """Tells the others what this one has made, and itself what they will have."""
+        """Takes what this one has made, and gives what all have."""
+        chex.assert_trees_all_equal(mine, make(parts[parallel.process_index()]))
         made.append(len(mine["row"]))
         return jax.tree.map(lambda *parts: np.stack(parts), *[make(part) for part in parts])
 
@@ -254,13 +255,14 @@ def averages(workdir):
         return checkpoints.restore_ema()[:2]
 
 
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["pmap", *(pytest.param(m, marks=pytest.mark.slow) for m in ("jit", "fsdp"))])
 def test_two_processes_train_what_one_trains(one_process, tmp_path, mode):
     outputs = run_processes(2, tmp_path, mode)
     assert "".join(outputs).count("samples:") == 1, "one process draws"
-    if mode == "pmap":
-        drawn = [np.asarray(PIL.Image.open(workdir / "samples.png"), np.int32) for workdir in (one_process, tmp_path)]
-        assert np.abs(drawn[0] - drawn[1]).max() <= 1, "each made its share of the same samples"
+    drawn = [np.asarray(PIL.Image.open(workdir / "samples.png"), np.int32) for workdir in (one_process, tmp_path)]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1, "each made its share of the same samples"
+    on_the_way = (tmp_path / "base" / "samples" / "00000006.png").exists()
+    assert on_the_way == (mode != "fsdp"), "parameters that are cut over processes are not drawn from"
     chex.assert_trees_all_close(averages(one_process), averages(tmp_path), rtol=1e-6, atol=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
