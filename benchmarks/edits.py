@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import diffax
-from diffax import data, editing, evaluate, images, judges, main, metrics, pipeline
-from diffax.data import shapes
+from diffax import data, main
+from diffax.data import images, shapes
 from diffax.errors import RunError, UserError
+from diffax.evaluation import evaluate, judges, metrics
+from diffax.sampling import latents as editing
+from diffax.sampling import pipeline
 
 SAID = ("shape", "colour", "size", "place")
 SHOWN = 12  # columns of the pictures that are written

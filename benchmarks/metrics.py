@@ -32,10 +32,10 @@ from torch_fidelity import metric_isc as isc
 from torch_fidelity import metric_kid as kid
 from torch_fidelity import metric_prc as prc
 
-from diffax import compare, metrics
-from diffax.convert import inception
-from diffax.convert.table import torch_shapes
-from diffax.models.inception import Inception, resize
+from diffax.evaluation import compare, metrics
+from diffax.networks.inception import Inception, resize
+from diffax.weights import inception
+from diffax.weights.table import torch_shapes
 
 LAYERS = ("64", "192", "768", "2048")
 

@@ -1,4 +1,4 @@
-"""Programs in PyTorch that `python -m diffax.benchmark --peer=...` measures diffax beside; run by that, not by hand.
+"""PyTorch programs beside which `python -m diffax.tools.benchmark --peer=...` measures diffax; started by it.
 
 It runs under a python of its own, in which torch is installed, and reads nothing of diffax. On stdin it is asked, one
 JSON object a line, to {"prepare": program}, to run what is prepared {"times": n}, or for the {"memory": true} that this

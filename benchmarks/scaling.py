@@ -67,7 +67,7 @@ def overheads(found: Found, *, batch: int, most: int) -> Iterator[dict[str, Any]
       batch: pictures of a device in the weak programs.
       most: the largest number of devices.
     """
-    from diffax.benchmark import ratio
+    from diffax.tools.benchmark import ratio
 
     for (devices, processes, pictures), seconds in sorted(found.items(), key=lambda item: (item[0][1], *item[0])):
         if devices == 1:
@@ -117,7 +117,9 @@ def serve(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     flags = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ.get("XLA_FLAGS", ""))
     devices = args.devices[0] // args.processes[0]
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-    from diffax import benchmark, main, parallel
+    from diffax import main
+    from diffax.tools import benchmark
+    from diffax.training import parallel
 
     main.set_cpu_flags()
     if args.processes[0] > 1:
@@ -145,7 +147,7 @@ def commands(key: tuple[int, int, int], core: int, overrides: Sequence[str]) -> 
 
 def measure(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[dict, dict]:
     """({program: seconds of each round}, {program: facts}), all programs alive at once and in turns."""
-    from diffax import benchmark
+    from diffax.tools import benchmark
 
     most, cores = max(args.devices), sorted(os.sched_getaffinity(0))
     totals = {args.batch * n for n in args.devices} | {args.batch * most}
@@ -192,23 +194,25 @@ def modelled(args: argparse.Namespace, overhead: float, per_parameter: float) ->
     """
     import jax
 
-    from diffax import ahead, benchmark, stages, train
     from diffax import config as configs
+    from diffax.models import stages
+    from diffax.tools import benchmark, compile_ahead
+    from diffax.training import loop
 
     config = configs.to_dict(configs.load(args.model))
     name = next(stage for stage in config["stages"] if configs.makes_pictures(config[stage]))
     model = stages.build(config, name)
     params = jax.eval_shape(lambda: stages.init_params(model, jax.random.key(0)))
     flops = 3 * args.pictures * benchmark.forward_flops(config, name)
-    compute = flops / (args.share * ahead.CHIPS["TPU v5 lite"].flops)
-    sent = per_parameter * train.count_parameters(params)
+    compute = flops / (args.share * compile_ahead.CHIPS["TPU v5 lite"].flops)
+    sent = per_parameter * loop.count_parameters(params)
     own = dict(compute=compute, sent=sent, bandwidth=V5E_LINKS, pictures=args.pictures, overhead=max(0.0, overhead))
     return [slice_row(chips, **own) for chips in CHIPS]
 
 
 def panels(rows: Sequence[Mapping[str, Any]], slices: Sequence[Mapping[str, Any]]) -> list:
     """What is drawn: measured overheads, and the modelled slice."""
-    from diffax import images
+    from diffax.data import images
 
     def curve(kind: str, column: str, processes: int) -> tuple[list[int], list[float]]:
         chosen = [row for row in rows if row["kind"] == kind and row["processes"] == processes]
@@ -228,8 +232,10 @@ def panels(rows: Sequence[Mapping[str, Any]], slices: Sequence[Mapping[str, Any]
 
 def report(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Measures, writes and prints."""
-    from diffax import benchmark, evaluate, images
     from diffax import config as configs
+    from diffax.data import images
+    from diffax.evaluation import evaluate
+    from diffax.tools import benchmark
 
     configs.load(args.model)  # a wrong name is told of before anything is measured
     folder, most = pathlib.Path(args.output), max(args.devices)

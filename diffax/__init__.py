@@ -4,7 +4,7 @@
 """
 
 from diffax.errors import RunError, UserError
-from diffax.pipeline import SampleFn, load
+from diffax.sampling.pipeline import SampleFn, load
 
 __all__ = ["RunError", "SampleFn", "UserError", "load"]
 __version__ = "0.1.0"

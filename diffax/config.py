@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
+from diffax.conditions.tokenizer import VOCAB_SIZES
 from diffax.errors import UserError
-from diffax.tokenizer import VOCAB_SIZES
 
 # ---- the schema ----------------------------------------------------------------------------------
 
@@ -938,7 +938,7 @@ def _check_low_res(stage: ConfigDict, where: str, before: ConfigDict | None, nam
         raise UserError(f"{where}.truncated needs a stage before and a level above 0; got level {c.level:g}")
     if before.schedule != stage.schedule:
         raise UserError(f"{where}.truncated needs the schedule of config.{name}; make them equal")
-    from diffax import schedules
+    from diffax.diffusion import schedules
 
     schedule, train_steps = schedules.build(before.schedule)
     try:
@@ -1206,7 +1206,7 @@ def _check_diffusion(stage: ConfigDict, where: str):
 
 
 def _check_betas(schedule: ConfigDict, where: str):
-    from diffax import schedules  # late, so that reading a config does not import jax
+    from diffax.diffusion import schedules  # late, so that reading a config does not import jax
 
     if schedule.beta_start > schedule.beta_end:
         raise UserError(
@@ -1219,7 +1219,7 @@ def _check_betas(schedule: ConfigDict, where: str):
 
 
 def _check_steps(stage: ConfigDict, where: str, steps: str):
-    from diffax import schedules
+    from diffax.diffusion import schedules
 
     schedule, train_steps = schedules.build(stage.schedule)
     try:

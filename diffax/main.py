@@ -15,22 +15,16 @@ import absl.logging
 import jaxlib
 import numpy as np
 
-from diffax import (
-    ahead,
-    checkpoint,
-    compare,
-    data,
-    editing,
-    evaluate,
-    images,
-    metrics,
-    parallel,
-    pipeline,
-    stages,
-    train,
-)
 from diffax import config as configs
+from diffax import data
+from diffax.data import images
 from diffax.errors import RunError, UserError
+from diffax.evaluation import compare, evaluate, metrics
+from diffax.models import stages
+from diffax.sampling import latents as editing
+from diffax.sampling import pipeline
+from diffax.tools import compile_ahead
+from diffax.training import checkpoint, loop, parallel
 
 EXIT_FAILED, EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -145,7 +139,7 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
     model, prepare = stages.build(config, name), None
     if section["clip"]:
         model, prepare = pipeline.with_frozen_clip(model, config, job.workdir)
-    run = train.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
+    run = loop.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
     folder = job.workdir / name
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as found:
         run.check(found)
@@ -179,8 +173,8 @@ def train_stage(job: Job, name: str, source: data.Source) -> None:
 
     if is_new and configs.is_code_prior(section):
         model = pipeline.with_codec(model, section, folder, batches(0, shared=True))
-        run = train.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
-    train.fit(
+        run = loop.Run(stages.objective(model), section, seed=config["seed"], mode=config["parallel"])
+    loop.fit(
         run,
         folder,
         batches=batches,
@@ -208,7 +202,7 @@ def guide_scores(config: dict[str, Any], model, params, held_out, names: Sequenc
 
 
 def on_the_way(job: Job, model, folder: pathlib.Path, source: data.Source) -> Callable[[Any, int], None] | None:
-    """What is shown every `train.sample_every` steps: samples of a stage, held-out accuracy of its guide."""
+    """What is shown every `loop.sample_every` steps: samples of a stage, held-out accuracy of its guide."""
     config, section = job.config, job.config[model.name]
     if not isinstance(model, stages.Stage):
         if not config["eval"]["num"] or not data.has_held_out(section["data"]):
@@ -268,14 +262,14 @@ def sample_many(
 
 
 def save_many(job: Job, sample_fn: pipeline.SampleFn, path: pathlib.Path, prompts: Sequence[str]) -> None:
-    """Samples into files of WORKDIR/samples, for `python -m diffax.evaluate`; draws the first ones."""
+    """Samples into files of WORKDIR/samples, for `python -m diffax.evaluation`; draws the first ones."""
     folder, columns = job.workdir / "samples", job.config["sample"]["columns"]
     files = sample_many(job, sample_fn, prompts, folder, {})
     if not writes():
         return
     with np.load(files[0], allow_pickle=False) as file:
         pipeline.draw_grid(path, images.from_uint8(file["arr_0"][: 8 * columns]), columns=columns)
-    print(f"samples: {path}\nsamples: {folder}\nto score them: python -m diffax.evaluate {folder} REFERENCE")
+    print(f"samples: {path}\nsamples: {folder}\nto score them: python -m diffax.evaluation {folder} REFERENCE")
 
 
 def write_samples(
@@ -713,16 +707,16 @@ def run_compile(job: Job) -> None:
     """Compiles the train step and the sampler of each section; prints what they need, and keeps it in the workdir."""
     config, args, found = job.config, job.args, []
     for name in [args.stage] if args.stage else configs.trained_sections(config):
-        for program in [args.program] if args.program else ahead.PROGRAMS:
+        for program in [args.program] if args.program else compile_ahead.PROGRAMS:
             if program == "sample" and not configs.is_sampled(config[name]):
                 continue
             asked = dict(topology=args.topology, effort=args.effort, folder=job.workdir / "ahead")
-            row = ahead.report(config, name, program, **asked)
-            print(ahead.describe(row), flush=True)
+            row = compile_ahead.report(config, name, program, **asked)
+            print(compile_ahead.describe(row), flush=True)
             if "cached" in row:
                 print(f"  from {row['cached']}; delete it to compile again")
             found.append(row)
-            text = ahead.table(found)
+            text = compile_ahead.table(found)
             images.write_atomically(job.workdir / "ahead" / "report.md", lambda f, text=text: f.write(text.encode()))
     print(f"report: {job.workdir / 'ahead' / 'report.md'}")
 
@@ -792,17 +786,17 @@ def parser() -> argparse.ArgumentParser:
         "--reference",
         metavar="PATH",
         help="evaluate: FID, sFID, IS, precision, recall and KID of sample.num samples beside these pictures, or these "
-        "statistics (see python -m diffax.evaluate --help); 'data': beside all the training data",
+        "statistics (see python -m diffax.evaluation --help); 'data': beside all the training data",
     )
     p.add_argument("--inception", metavar="FILE", help="evaluate: weights of the FID's network, or 'fetch'")
     p.add_argument(
         "--topology", default="", metavar="SLICE", help="compile: for this TPU slice, such as v5e:4x4 (diffax[tpu])"
     )
-    p.add_argument("--program", help=f"compile: {' or '.join(ahead.PROGRAMS)} alone")
+    p.add_argument("--program", help=f"compile: {' or '.join(compile_ahead.PROGRAMS)} alone")
     p.add_argument(
         "--effort",
         type=float,
-        default=ahead.QUICK,
+        default=compile_ahead.QUICK,
         help="compile: XLA's, from -1 (default: soon done) to 1; 0 is that of a run, and takes many times as long",
     )
     p.add_argument("--output", help="sample, edit: the picture to write (default WORKDIR/samples.png)")
@@ -862,8 +856,8 @@ def prepare(argv: Sequence[str]) -> Job:
         config = configs.load(args.config, rest)
     name = config.name if args.config is None else pipeline.default_name(args.config)
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
-    if args.program not in (None, *ahead.PROGRAMS):
-        raise UserError(f"unknown --program={args.program}; command line; use {' or '.join(ahead.PROGRAMS)}")
+    if args.program not in (None, *compile_ahead.PROGRAMS):
+        raise UserError(f"unknown --program={args.program}; command line; use {' or '.join(compile_ahead.PROGRAMS)}")
     if not -1 <= args.effort <= 1:
         raise UserError(f"--effort={args.effort} is not from -1 to 1; command line; use 0 for what a run gets")
     if args.topology and args.mode != "compile":
@@ -900,7 +894,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return complain(error, EXIT_USER, argv)
     except RunError as error:
         return complain(error, EXIT_FAILED, argv)
-    except train.Preempted as error:
+    except loop.Preempted as error:
         print(f"diffax: {error}", file=sys.stderr)
         return EXIT_PREEMPTED
     except KeyboardInterrupt:

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffax import ahead, errors, main, parallel, stages
 from diffax import config as configs
+from diffax import errors, main
+from diffax.models import stages
+from diffax.tools import compile_ahead
+from diffax.training import parallel
 from tests import micro
 
 OUT_OF_MEMORY = (
@@ -27,10 +30,10 @@ MICRO = plain("quickstart", *(o.removeprefix("config.") for o in micro.OVERRIDES
 
 def test_roofline_is_the_slower_of_the_two():
     """5.13 TFLOP and 74.5 GB on a v5e: 26 ms of arithmetic, 91 ms of traffic."""
-    v5e = ahead.CHIPS["TPU v5 lite"]
-    seconds, bound = ahead.roofline(5.13e12, 74.5e9, v5e)
+    v5e = compile_ahead.CHIPS["TPU v5 lite"]
+    seconds, bound = compile_ahead.roofline(5.13e12, 74.5e9, v5e)
     assert bound == "memory traffic" and seconds == pytest.approx(0.090965, rel=1e-4)
-    seconds, bound = ahead.roofline(5.13e12, 7.45e9, v5e)
+    seconds, bound = compile_ahead.roofline(5.13e12, 7.45e9, v5e)
     assert bound == "arithmetic" and seconds == pytest.approx(0.026041, rel=1e-4)
 
 
@@ -57,12 +60,12 @@ def test_other_topologies_are_refused(name):
 
 GIB = 2**30
 # 5 GiB of state and 1 of gradients on 4 devices of 16, in one microbatch of 8
-NEED = ahead.Need(5 * GIB, GIB, GIB / 2, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
+NEED = compile_ahead.Need(5 * GIB, GIB, GIB / 2, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
 
 
 def test_remedies_are_those_that_suffice_alone():
     """With gradients of two microbatches kept: 5 + 2 + 20 / 4 = 12 fits, 5 + 2 + 20 / 2 = 17 does not."""
-    found = ahead.remedies(NEED, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
+    found = compile_ahead.remedies(NEED, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
     # remat 5 + 1 + 5; bfloat16 5 + 1 + 10 just fits; fsdp 6 / 4 + 2 + 20 does not
     assert found == [{"remat": True}, {"bfloat16": True}, {"accumulate": 4}]
 
@@ -71,14 +74,14 @@ def test_remedies_are_combined_where_none_suffices():
     need = NEED._replace(state=20 * GIB, activations=24 * GIB)
     # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept, and while it
     # computes 2 more, or 1 where blocks gather theirs again; with remat 6, with four microbatches 6
-    found = ahead.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
+    found = compile_ahead.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
     assert found == [{"remat": True, "fsdp": True}, {"fsdp": True, "accumulate": 4}]
-    assert ahead.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
+    assert compile_ahead.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
     # 5.25 + 1 + 6: with the whole parameters and their gradient, 2, it would not fit
     need = need._replace(limit=12.5 * GIB, examples=1)
-    assert ahead.remedies(need, {"remat": 0.25, "fsdp": 1.0}) == [{"remat": True, "fsdp": True}]
+    assert compile_ahead.remedies(need, {"remat": 0.25, "fsdp": 1.0}) == [{"remat": True, "fsdp": True}]
     # the same where it has remat already
-    assert ahead.remedies(need._replace(activations=6 * GIB), {"fsdp": 1.0}) == [{"fsdp": True}]
+    assert compile_ahead.remedies(need._replace(activations=6 * GIB), {"fsdp": 1.0}) == [{"fsdp": True}]
 
 
 def test_remedies_of_a_sampler():
@@ -86,14 +89,14 @@ def test_remedies_of_a_sampler():
     need = {"held": 12 * GIB, "rest": 8 * GIB, "samples": 4, "devices": 8, "hosts": 1, "cut": False}
     fewer, cut = "--config.sample.batch_size=8", "--config.parallel=fsdp"
     for limit, found in [(16, [fewer, cut]), (10, [cut]), (4, [f"{cut} {fewer}"]), (3, [])]:
-        assert ahead.sample_remedies(**need, limit=limit * GIB) == found
+        assert compile_ahead.sample_remedies(**need, limit=limit * GIB) == found
     need |= {"held": 1.5 * GIB, "cut": True}
-    assert ahead.sample_remedies(**need, limit=4 * GIB) == [fewer]
-    assert ahead.sample_remedies(**{**need, "samples": 1}, limit=9 * GIB) == []
+    assert compile_ahead.sample_remedies(**need, limit=4 * GIB) == [fewer]
+    assert compile_ahead.sample_remedies(**{**need, "samples": 1}, limit=9 * GIB) == []
     one = {"held": 2.0, "rest": 2.0, "samples": 1, "limit": 3.0, "cut": False}
-    assert ahead.sample_remedies(**one, devices=1, hosts=1) == []
-    assert ahead.sample_remedies(**one, devices=8, hosts=4) == [cut], "the two of a host have a half each"
-    assert ahead.sample_remedies(**one, devices=8, hosts=8) == []
+    assert compile_ahead.sample_remedies(**one, devices=1, hosts=1) == []
+    assert compile_ahead.sample_remedies(**one, devices=8, hosts=4) == [cut], "the two of a host have a half each"
+    assert compile_ahead.sample_remedies(**one, devices=8, hosts=8) == []
 
 
 def test_the_largest_block():
@@ -101,44 +104,49 @@ def test_the_largest_block():
         "unet": {"a": {"w": jnp.zeros((2, 3))}, "b": {"w": jnp.zeros(5), "b": jnp.zeros(2)}},
         "text": {"c": jnp.zeros(6)},
     }
-    assert ahead.largest_block(params) == 4 * 7
+    assert compile_ahead.largest_block(params) == 4 * 7
     params = {"block_0": {"conv": {"w": jnp.zeros(3)}, "norm": {"w": jnp.zeros(1)}}, "out": {"w": jnp.zeros(3)}}
-    assert ahead.largest_block(params) == 4 * 4, "of a network that is no part of another"
+    assert compile_ahead.largest_block(params) == 4 * 4, "of a network that is no part of another"
 
 
 def test_remedies_go_on_from_the_microbatches_that_there_are():
     need = NEED._replace(accumulate=2, activations=18 * GIB)
-    assert ahead.remedies(need, {}) == [{"accumulate": 4}]
-    assert ahead.as_flags("base", {"fsdp": True, "accumulate": 4}) == (
+    assert compile_ahead.remedies(need, {}) == [{"accumulate": 4}]
+    assert compile_ahead.as_flags("base", {"fsdp": True, "accumulate": 4}) == (
         "--config.parallel=fsdp --config.base.train.accumulate=4"
     )
 
 
 def test_what_the_compiler_says_is_read():
     """Both of libtpu's messages; anything else is no matter of memory."""
-    assert ahead.needed_bytes(OUT_OF_MEMORY.format("23.50G", "15.75G")) == {"total": 23.5 * GIB, "limit": 15.75 * GIB}
+    assert compile_ahead.needed_bytes(OUT_OF_MEMORY.format("23.50G", "15.75G")) == {
+        "total": 23.5 * GIB,
+        "limit": 15.75 * GIB,
+    }
     other = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (44.73G) exceeds "
         "available HBM (15.75G)."
     )
-    assert ahead.needed_bytes(other) == {"temporary": 44.73 * GIB, "limit": 15.75 * GIB}
-    assert ahead.needed_bytes("INVALID_ARGUMENT: no") is None
+    assert compile_ahead.needed_bytes(other) == {"temporary": 44.73 * GIB, "limit": 15.75 * GIB}
+    assert compile_ahead.needed_bytes("INVALID_ARGUMENT: no") is None
 
 
 def test_bytes_of_a_device():
     where = parallel.layout("fsdp")
     tree = {"a": jax.ShapeDtypeStruct((8, 3), jnp.float32), "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
-    assert ahead.tree_bytes(tree) == 8 * 3 * 4 + 6
+    assert compile_ahead.tree_bytes(tree) == 8 * 3 * 4 + 6
     assert (
-        ahead.device_bytes(parallel.abstract(where, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)))
+        compile_ahead.device_bytes(
+            parallel.abstract(where, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree))
+        )
         == 30
     )
-    assert ahead.tree_bytes(jax.eval_shape(lambda: jax.random.key(0))) == 8
+    assert compile_ahead.tree_bytes(jax.eval_shape(lambda: jax.random.key(0))) == 8
 
 
 def test_changes_that_are_made_already_are_not_proposed():
     net = MICRO["base"]["net"] | {"remat": "blocks", "dtype": "bfloat16"}
-    assert ahead.open_savings({**MICRO, "base": {**MICRO["base"], "net": net}}, "base") == {"fsdp": 1.0}
+    assert compile_ahead.open_savings({**MICRO, "base": {**MICRO["base"], "net": net}}, "base") == {"fsdp": 1.0}
 
 
 @pytest.mark.parametrize("section", ["clip", "prior", "up"])
@@ -149,7 +157,7 @@ def test_objectives_take_the_example_batches(section):
     objective = stages.objective(model)
     params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-    batch = ahead.training_batch(model, config, 2)
+    batch = compile_ahead.training_batch(model, config, 2)
     loss, *_ = jax.eval_shape(
         lambda *a: objective.loss(*a, jnp.arange(2), 2), params, objective.init_extra(), batch, keys
     )
@@ -160,14 +168,14 @@ def test_objectives_take_the_example_batches(section):
 def test_samplers_take_the_example_conditions(section):
     """Each stage's alone, with its conditions and its CLIP's parameters."""
     config = plain("dalle2:tiny", "sample.batch_size=6")
-    lowered, n, _ = ahead.lower_sample(config, section, None)
+    lowered, n, _ = compile_ahead.lower_sample(config, section, None)
     assert n == 8, "filled up to two on each device"
     (out,) = jax.tree.leaves(lowered.out_info)
     assert out.shape == (4, 2, *config[section]["shape"])
 
 
 def test_fsdp_moves_parameters_and_gradients_and_no_part_of_a_picture():
-    lowered, _ = ahead.lower_train({**MICRO, "parallel": "fsdp"}, "base", None)
+    lowered, _ = compile_ahead.lower_train({**MICRO, "parallel": "fsdp"}, "base", None)
     text = lowered.compile().as_text()
     assert "all-gather" in text and "collective-permute" not in text and "all-to-all" not in text
 
@@ -175,7 +183,7 @@ def test_fsdp_moves_parameters_and_gradients_and_no_part_of_a_picture():
 def lowered_micro(**net):
     base = MICRO["base"]
     config = {**MICRO, "parallel": "fsdp", "base": {**base, "net": {**base["net"], **net}}}
-    return ahead.lower_train(config, "base", None)
+    return compile_ahead.lower_train(config, "base", None)
 
 
 def test_a_block_that_is_computed_again_gathers_its_parameters_again():
@@ -198,12 +206,12 @@ def in_and_out_of_loops(program: str) -> tuple[int, int]:
 def test_parameters_are_gathered_within_loops_and_not_before():
     """XLA:CPU would gather all that a loop does not change ahead of it, and a device would have them all at once."""
     config = {**MICRO, "parallel": "fsdp"}
-    lowered, n, params = ahead.lower_sample(config, "base", None)
+    lowered, n, params = compile_ahead.lower_sample(config, "base", None)
     assert n == 8 and not params["base"]["unet"]["conv_in"]["kernel"].sharding.is_fully_replicated
     within, outside = in_and_out_of_loops(lowered.compile().as_text())
     assert within > 100 and outside == 0
     config["base"] = {**MICRO["base"], "train": MICRO["base"]["train"] | {"accumulate": 2}}
-    lowered, _ = ahead.lower_train(config, "base", None)
+    lowered, _ = compile_ahead.lower_train(config, "base", None)
     within, outside = in_and_out_of_loops(lowered.compile().as_text())
     assert within > 100 and outside < 10, "what is told of each example is gathered in the end"
 
@@ -212,8 +220,8 @@ def test_flash_attention_is_divided_over_the_devices_of_fsdp():
     """A kernel of Pallas is none that XLA's partitioner can divide."""
     net = MICRO["base"]["net"] | {"flash": True, "attention": (1,)}
     config = {**MICRO, "parallel": "fsdp", "base": {**MICRO["base"], "shape": (32, 32, 1), "net": net}}
-    _, run = ahead.lower_train(config, "base", None)
-    batch = ahead.training_batch(stages.build(config, "base"), config, 8)
+    _, run = compile_ahead.lower_train(config, "base", None)
+    batch = compile_ahead.training_batch(stages.build(config, "base"), config, 8)
     traced = run.step.trace(run.abstract, parallel.abstract_batch(run.where, batch))
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
@@ -284,12 +292,12 @@ def test_what_else_the_compiler_says_ends_the_run():
     with pytest.raises(
         errors.RunError, match="XLA cannot compile the train step of c.base for 2 x toy: INTERNAL: no; "
     ):
-        ahead._compiled(Lowered(), ABOUT, held=0, loops=1)
+        compile_ahead._compiled(Lowered(), ABOUT, held=0, loops=1)
 
 
 def test_a_cost_is_told_with_a_known_chip(monkeypatch):
     """10 GFLOP and 1 GB in each of 3 microbatches, 100 steps of 30 pictures, on a chip of 10 TFLOP/s and 1 TB/s."""
-    monkeypatch.setitem(ahead.CHIPS, "toy", ahead.Chip(GIB, 1e13, 1e12))
+    monkeypatch.setitem(compile_ahead.CHIPS, "toy", compile_ahead.Chip(GIB, 1e13, 1e12))
 
     class Compiled:
         def memory_analysis(self):
@@ -305,39 +313,39 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
             assert options == {"exec_time_optimization_effort": -1.0}
             return Compiled()
 
-    found = ahead._compiled(Lowered(), ABOUT, held=0, loops=3, outside=0.2e9)
+    found = compile_ahead._compiled(Lowered(), ABOUT, held=0, loops=3, outside=0.2e9)
     assert found["total"] == 555 and found["fits"] is True
     assert found["accessed"] == pytest.approx(0.2e9 + 3 * 0.8e9), "what is outside of the loop is not multiplied"
     assert found["seconds"] == pytest.approx(3e-3) and found["bound"] == "arithmetic"
     more = {"parallel": "pmap", "dtype": "bfloat16", "remat": "none", "flash": True, "topology": "", "batch_size": 30}
     more |= {"steps": 100}
     row = ABOUT | found | more | {"accumulate": 3, "images_per_second": 1e4, "days": 3e-3 * 100 / 86400}
-    said = ahead.describe(row)
+    said = compile_ahead.describe(row)
     assert (
         "batch 30 in 3 microbatches, bfloat16, remat none, flash attention" in said
         and "30.0 GFLOP and 2.60 GB accessed" in said
     )
     assert "fewer than 8 pictures" not in said
-    assert "fewer than 8 pictures, here 5 in a device's microbatch" in ahead.describe(row | {"few": 5})
+    assert "fewer than 8 pictures, here 5 in a device's microbatch" in compile_ahead.describe(row | {"few": 5})
     assert "3.0 ms, bound by arithmetic, 100 % of the peak; 10,000.0 images/s" in said and "-754" not in said
-    assert "| pmap, bfloat16, flash, batch 30 / 3 |" in ahead.table([row])
-    assert "| 3 ms, arithmetic | 100% |  | 10,000 | 0.0 |" in ahead.table([row])
+    assert "| pmap, bfloat16, flash, batch 30 / 3 |" in compile_ahead.table([row])
+    assert "| 3 ms, arithmetic | 100% |  | 10,000 | 0.0 |" in compile_ahead.table([row])
     # 1,000 parameters, of 4 bytes, of which each device of 2 sends the other half, twice
-    monkeypatch.setitem(ahead.CHIPS, "toy", ahead.Chip(GIB, 1e13, 1e12, 1e6))
+    monkeypatch.setitem(compile_ahead.CHIPS, "toy", compile_ahead.Chip(GIB, 1e13, 1e12, 1e6))
     row |= {"parameters": 1000}
-    assert "| 3 ms, arithmetic | 100% | 4 ms | 10,000 | 0.0 |" in ahead.table([row])
-    assert "talk between devices, at least, by the vendor's figure: 4.0 ms" in ahead.describe(row)
+    assert "| 3 ms, arithmetic | 100% | 4 ms | 10,000 | 0.0 |" in compile_ahead.table([row])
+    assert "talk between devices, at least, by the vendor's figure: 4.0 ms" in compile_ahead.describe(row)
 
 
 def test_bytes_that_a_device_sends():
     """Of 3 of 4 parts of 40 bytes: a sum is brought together and told, 2; under fsdp 2 or 3 for each microbatch."""
-    of = functools.partial(ahead.talk, 10, devices=4, dtype="float32")
+    of = functools.partial(compile_ahead.talk, 10, devices=4, dtype="float32")
     assert of(mode="pmap", remat=True, accumulate=8) == of(mode="jit", remat=False, accumulate=1) == 30 * 2
     assert of(mode="fsdp", remat=False, accumulate=1) == 30 * 2
     assert of(mode="fsdp", remat=True, accumulate=4) == 30 * 3 * 4
     assert of(mode="fsdp", remat=True, accumulate=4, dtype="bfloat16") == (30 + 15 * 2) * 4, "gathered are halves"
     assert of(mode="pmap", remat=True, accumulate=4, dtype="bfloat16") == 30 * 2, "gradients are not"
-    assert ahead.talk(10, devices=1, mode="pmap", dtype="float32", remat=False, accumulate=1) == 0
+    assert compile_ahead.talk(10, devices=1, mode="pmap", dtype="float32", remat=False, accumulate=1) == 0
 
 
 @pytest.mark.parametrize(
@@ -351,7 +359,7 @@ def test_bytes_that_a_device_sends():
     ],
 )
 def test_few_pictures_matter_to_a_tpu_that_convolves_them(net, pictures, platform, few):
-    assert ahead.few_pictures(net, pictures, platform) == few
+    assert compile_ahead.few_pictures(net, pictures, platform) == few
 
 
 def test_what_a_loop_holds_is_counted_once():
@@ -363,7 +371,7 @@ def test_what_a_loop_holds_is_counted_once():
             return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=turns)[0]
 
         compiled = jax.jit(repeat).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
-        flops.append(ahead.measure(compiled)["flops"])
+        flops.append(compile_ahead.measure(compiled)["flops"])
     assert flops == pytest.approx([2 * 64**3] * 2, rel=0.01)
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import benchmark, train
 from diffax import config as configs
 from diffax.errors import RunError
+from diffax.tools import benchmark
+from diffax.training import loop
 from tests import micro
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -221,7 +222,7 @@ def test_default_configs_are_valid():
     configs.validate(config)
     model = benchmark.stages.build(configs.to_dict(config), "base")
     params = jax.eval_shape(lambda: benchmark.stages.init_params(model, jax.random.key(0)))
-    assert train.count_parameters(params) / 1e6 == pytest.approx(7.7, abs=0.05)
+    assert loop.count_parameters(params) / 1e6 == pytest.approx(7.7, abs=0.05)
     assert benchmark.forward_flops(configs.to_dict(config), "base") / 1e9 == pytest.approx(3.6, abs=0.05)
 
 

@@ -13,7 +13,12 @@ from PIL import Image
 
 import diffax
 from diffax import config as configs
-from diffax import images, main, pipeline, process, reporting, schedules, stages
+from diffax import main
+from diffax.data import images
+from diffax.diffusion import process, schedules
+from diffax.models import stages
+from diffax.sampling import pipeline
+from diffax.training import reporting
 from tests import micro
 
 # ---- networks that know the answer ----------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diffax import checkpoint
-from diffax.checkpoint import Checkpoints, config_difference, lock, verify
 from diffax.errors import RunError, UserError
+from diffax.training import checkpoint
+from diffax.training.checkpoint import Checkpoints, config_difference, lock, verify
 
 # Tensorstore finishes other reads of a damaged step after asyncio has left.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -360,7 +360,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from diffax.checkpoint import Checkpoints, lock
+from diffax.training.checkpoint import Checkpoints, lock
 from diffax.errors import RunError
 port, me, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f'localhost:{port}', 2, me, heartbeat_timeout_seconds=10)
@@ -698,7 +698,7 @@ def test_lock_has_one_holder(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys\nfrom diffax.checkpoint import lock\n"
+            "import sys\nfrom diffax.training.checkpoint import lock\n"
             f'with lock({str(tmp_path)!r}):\n    print("held", flush=True)\n    sys.stdin.read()',
         ],
         stdin=subprocess.PIPE,
@@ -784,7 +784,7 @@ KILLED = """
 import sys
 import jax
 import numpy as np
-from diffax.checkpoint import Checkpoints
+from diffax.training.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], keep=2, warn=print) as c:
     w = np.zeros((64, 1024), np.float32)
     found = c.restore({'state': {'w': jax.ShapeDtypeStruct(w.shape, w.dtype)}, 'ema': {}})

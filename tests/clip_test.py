@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import convert, guidance, losses, parallel, process, schedules, stages, train
-from diffax.convert import clip as converter
-from diffax.models import clip
+from diffax import weights
+from diffax.diffusion import guidance, losses, process, schedules
+from diffax.models import stages
+from diffax.networks import clip
+from diffax.training import loop, parallel
+from diffax.weights import clip as converter
 from tests.parity import golden
 from tests.parity.models import nchw, nhwc
 
@@ -87,7 +90,7 @@ def captions(inputs):
 
 def glide_image(meta, inputs, params):
     encoder = glide_network(image=meta["config"]).image
-    params = convert.to_flax(params, converter.table(encoder, "glide"))
+    params = weights.to_flax(params, converter.table(encoder, "glide"))
     time = jnp.asarray(inputs["t"], jnp.float32) if "t" in inputs else None
     z = jax.jit(encoder.apply)({"params": params}, nhwc(inputs["x"]), time)
     return {"z": z, "z_normalized": guidance.unit(z)}
@@ -95,7 +98,7 @@ def glide_image(meta, inputs, params):
 
 def glide_text(meta, inputs, params):
     encoder = glide_network(text=meta["config"]).text
-    params = convert.to_flax(params, converter.table(encoder, "glide"))
+    params = weights.to_flax(params, converter.table(encoder, "glide"))
     z, _ = jax.jit(encoder.apply)({"params": params}, captions(inputs))
     return {"z": z, "z_normalized": guidance.unit(z)}
 
@@ -135,7 +138,7 @@ def glide_cond_fn(meta, inputs, params):
 def transformers_clip(meta, inputs, params):
     # the case's pixels are normalised already
     network = from_architecture(converter.transformers_config(meta["config"]), mean=(0.5,) * 3, std=(0.5,) * 3)
-    params = convert.to_flax(params, converter.table(network, "transformers"))
+    params = weights.to_flax(params, converter.table(network, "transformers"))
     ids = jnp.asarray(np.where(inputs["attention_mask"], inputs["input_ids"], -1))
 
     @jax.jit
@@ -259,7 +262,7 @@ def small_tables():
 def test_round_trips_are_exact():
     for kind, table in small_tables().items():
         state_dict = random_state_dict(table)
-        back = convert.to_torch(convert.to_flax(state_dict, table), table)
+        back = weights.to_torch(weights.to_flax(state_dict, table), table)
         assert set(back) == set(state_dict)
         for key, value in state_dict.items():
             np.testing.assert_array_equal(back[key], value, err_msg=f"{kind}: {key}")
@@ -293,8 +296,8 @@ def test_openai_and_transformers_hold_the_same_network():
                 for ours, name in (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
                                    ("mlp.c_proj", "mlp.fc2")):  # fmt: skip
                     theirs[f"{new}{ours}.{end}"] = hf[f"{old}{name}.{end}"]
-    got = convert.to_flax(tops | theirs, converter.table(network, "openai"))
-    chex.assert_trees_all_equal(got, convert.to_flax(hf, table))
+    got = weights.to_flax(tops | theirs, converter.table(network, "openai"))
+    chex.assert_trees_all_equal(got, weights.to_flax(hf, table))
 
 
 def test_options_of_a_state_dict():
@@ -596,7 +599,7 @@ def test_gradients_do_not_depend_on_the_number_of_devices(devices):
 
 @pytest.mark.parametrize("mode", ["jit", "fsdp"])
 def test_gradients_are_the_same_in_one_program_of_all_devices(mode):
-    """By `train.mean_gradient` on each device: cut parameters are gathered, their gradients summed and divided."""
+    """By `loop.mean_gradient` on each device: cut parameters are gathered, their gradients summed and divided."""
     params, batch, (_, want) = whole_batch()
 
     def loss(params, extra, batch, keys, position, total, gather):
@@ -608,7 +611,7 @@ def test_gradients_are_the_same_in_one_program_of_all_devices(mode):
     objective = stages.Objective(lambda key: params, lambda: (), loss, lambda extra, feedback: extra)
     where = parallel.layout(mode)
     assert where.mesh.size == jax.device_count() > 1
-    gradient = functools.partial(train.mean_gradient, objective=objective, accumulate=1, sam=0.0)
+    gradient = functools.partial(loop.mean_gradient, objective=objective, accumulate=1, sam=0.0)
     got, _ = jax.jit(parallel.on_each_device(where, gradient))(params, batch, (), jax.random.key(0))
     cut = [name for name, a in got.items() if not a.sharding.is_fully_replicated]
     assert cut == (["image", "text"] if mode == "fsdp" else [])

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffax import checkpoint, compare, evaluate, images, main, metrics, pipeline, stages
 from diffax import config as configs
-from diffax.convert import inception as weights
+from diffax import main
+from diffax.data import images
 from diffax.errors import RunError, UserError
+from diffax.evaluation import compare, evaluate, metrics
+from diffax.models import stages
+from diffax.sampling import pipeline
+from diffax.training import checkpoint
+from diffax.weights import inception as weights
 from tests import micro
 
 SIDE = 14
@@ -528,7 +533,7 @@ def test_captions_and_clips_that_are_not_there(clip, tmp_path):
     config = configs.to_dict(configs.load("quickstart"))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match="no CLIP of clean pictures; .*; convert one: python -m diffax.convert ViT-B-16"
+        UserError, match="no CLIP of clean pictures; .*; convert one: python -m diffax.weights ViT-B-16"
     ):
         compare.clip_scorer(tmp_path, batch_size=4)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import conditioning, images, schedules
+from diffax.data import images
+from diffax.diffusion import augment, schedules
 
 CHAIN = schedules.discrete(schedules.cosine_betas(1000))
 
@@ -27,7 +28,7 @@ def pictures(*shape, seed=0):
 @pytest.mark.parametrize(("shape", "factor"), [((2, 8, 8, 3), 2), ((3, 8, 12, 1), 4), ((1, 6, 9, 3), 3)])
 def test_area_downsample_is_the_mean_of_squares(shape, factor):
     x = pictures(*shape)
-    got = conditioning.area_downsample(x, factor)
+    got = augment.area_downsample(x, factor)
     want = np.empty((shape[0], shape[1] // factor, shape[2] // factor, shape[3]))
     for row, column in np.ndindex(want.shape[1:3]):
         square = x[:, row * factor : (row + 1) * factor, column * factor : (column + 1) * factor]
@@ -38,12 +39,12 @@ def test_area_downsample_is_the_mean_of_squares(shape, factor):
 
 def test_round_to_bytes_is_what_a_file_gives_back():
     every = images.from_uint8(np.arange(256, dtype=np.uint8))
-    np.testing.assert_allclose(conditioning.round_to_bytes(every), every, atol=1e-6)
+    np.testing.assert_allclose(augment.round_to_bytes(every), every, atol=1e-6)
     x = 1.2 * pictures(500)  # some outside
     stored = np.round((np.clip(x.astype(np.float64), -1, 1) + 1) * 127.5).astype(np.uint8)
-    got = conditioning.round_to_bytes(x)
+    got = augment.round_to_bytes(x)
     np.testing.assert_allclose(got, images.from_uint8(stored), atol=1e-6)
-    np.testing.assert_array_equal(conditioning.round_to_bytes(got), got)
+    np.testing.assert_array_equal(augment.round_to_bytes(got), got)
 
 
 # ---- blur ----
@@ -64,14 +65,14 @@ class BlurTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_each_picture_has_its_own_sigma(self):
         x, sigma = pictures(4, 6, 5, 3), np.array([0.4, 0.5, 0.6, 3.0], np.float32)
-        got = self.variant(conditioning.gaussian_blur)(x, sigma)
+        got = self.variant(augment.gaussian_blur)(x, sigma)
         want = [blurred(picture, float(s)) for picture, s in zip(x, sigma, strict=True)]
         np.testing.assert_allclose(got, want, atol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_sigma_0_leaves_the_picture(self):
         x = pictures(2, 6, 5, 3)
-        got = self.variant(conditioning.gaussian_blur)(x, np.array([0.0, 0.5], np.float32))
+        got = self.variant(augment.gaussian_blur)(x, np.array([0.0, 0.5], np.float32))
         np.testing.assert_array_equal(got[0], x[0])
         assert np.abs(got[1] - x[1]).max() > 0.05
 
@@ -79,7 +80,7 @@ class BlurTest(chex.TestCase):
 def test_taps_of_half_a_pixel():
     point = np.zeros((1, 5, 5, 1), np.float32)
     point[0, 2, 2] = 1
-    got = np.asarray(conditioning.gaussian_blur(point, np.array([0.5])))[0, :, :, 0]
+    got = np.asarray(augment.gaussian_blur(point, np.array([0.5])))[0, :, :, 0]
     taps = np.array([0.1065, 0.7870, 0.1065])
     np.testing.assert_allclose(got[1:4, 1:4], np.outer(taps, taps), atol=1e-4)
     np.testing.assert_allclose(got.sum(), 1, atol=1e-6)
@@ -88,7 +89,7 @@ def test_taps_of_half_a_pixel():
 
 def test_a_constant_picture_stays():
     x = np.full((3, 4, 4, 3), 0.7, np.float32)
-    np.testing.assert_allclose(conditioning.gaussian_blur(x, np.array([0.0, 0.4, 50.0])), x, atol=1e-6)
+    np.testing.assert_allclose(augment.gaussian_blur(x, np.array([0.0, 0.4, 50.0])), x, atol=1e-6)
 
 
 class RandomBlurTest(chex.TestCase):
@@ -100,7 +101,7 @@ class RandomBlurTest(chex.TestCase):
 
         @self.variant
         def blur(x, keys):
-            return conditioning.random_blur(x, keys, share=0.5, low=low, high=high)
+            return augment.random_blur(x, keys, share=0.5, low=low, high=high)
 
         got = np.asarray(blur(point, keys_of(n)))
         is_blurred = got[:, 2, 2, 0] < 1
@@ -116,10 +117,10 @@ class RandomBlurTest(chex.TestCase):
 def test_blur_depends_on_the_examples_own_key():
     x, keys = pictures(8, 6, 6, 3), keys_of(8)
     settings = {"share": 0.5, "low": 0.4, "high": 0.6}
-    whole = conditioning.random_blur(x, keys, **settings)
-    np.testing.assert_allclose(conditioning.random_blur(x[3:5], keys[3:5], **settings), whole[3:5], atol=1e-6)
-    np.testing.assert_array_equal(conditioning.random_blur(x, keys, **settings | {"share": 0.0}), x)
-    all_of_them = conditioning.random_blur(x, keys, **settings | {"share": 1.0})
+    whole = augment.random_blur(x, keys, **settings)
+    np.testing.assert_allclose(augment.random_blur(x[3:5], keys[3:5], **settings), whole[3:5], atol=1e-6)
+    np.testing.assert_array_equal(augment.random_blur(x, keys, **settings | {"share": 0.0}), x)
+    all_of_them = augment.random_blur(x, keys, **settings | {"share": 1.0})
     assert np.all(np.abs(all_of_them - x).max((1, 2, 3)) > 0.01)
 
 
@@ -134,7 +135,7 @@ class NoiseTest(chex.TestCase):
 
         @self.variant
         def noised(keys, level):
-            return conditioning.noise_to(jnp.full((3 * n, 2, 2, 1), x), level, keys)
+            return augment.noise_to(jnp.full((3 * n, 2, 2, 1), x), level, keys)
 
         level = CHAIN(u)
         got = np.asarray(noised(keys_of(3 * n), jax.tree.map(jnp.asarray, level))).reshape(3, n, -1)
@@ -147,10 +148,10 @@ class NoiseTest(chex.TestCase):
 def test_clean_data_are_let_through_and_noise_is_the_examples_own():
     x, keys = pictures(4, 4, 4, 3), keys_of(4)
     level = CHAIN(np.array([0.0, 0.2, 0.0, 0.9]))
-    got = conditioning.noise_to(x, level, keys)
+    got = augment.noise_to(x, level, keys)
     np.testing.assert_array_equal(got[::2], x[::2])
     assert np.abs(got[1::2] - x[1::2]).max() > 0.1
-    alone = conditioning.noise_to(x[3:], jax.tree.map(lambda a: a[3:], level), keys[3:])
+    alone = augment.noise_to(x[3:], jax.tree.map(lambda a: a[3:], level), keys[3:])
     np.testing.assert_allclose(alone, got[3:], atol=1e-6)
 
 
@@ -162,15 +163,15 @@ class CropTest(chex.TestCase):
     def test_windows_are_aligned_and_lie_everywhere(self):
         n, factor, side, (height, width) = 400, 2, 4, (8, 12)
         x = np.broadcast_to(np.indices((height, width)).transpose(1, 2, 0), (n, height, width, 2)).astype(np.float32)
-        small = conditioning.area_downsample(x, factor)
+        small = augment.area_downsample(x, factor)
 
         @self.variant
         def cut(x, small, keys):
-            return conditioning.crop_together(x, small, keys, side=side)
+            return augment.crop_together(x, small, keys, side=side)
 
         window, small_window = cut(x, small, keys_of(n))
         chex.assert_shape((window, small_window), [(n, side, side, 2), (n, side // factor, side // factor, 2)])
-        np.testing.assert_allclose(conditioning.area_downsample(window, factor), small_window, atol=1e-6)
+        np.testing.assert_allclose(augment.area_downsample(window, factor), small_window, atol=1e-6)
         corners = np.asarray(window[:, 0, 0]).astype(int)
         np.testing.assert_array_equal(
             window - corners[:, None, None], np.broadcast_to(x[0, :side, :side], window.shape)
@@ -181,10 +182,10 @@ class CropTest(chex.TestCase):
 
 def test_windows_of_a_batch_have_their_own_places():
     x, keys = pictures(6, 16, 16, 3), keys_of(6)
-    small = conditioning.area_downsample(x, 4)
-    window, small_window = conditioning.crop_together(x, small, keys, side=8)
-    np.testing.assert_allclose(conditioning.area_downsample(window, 4), small_window, atol=1e-6)
-    again = conditioning.crop_together(x[2:4], small[2:4], keys[2:4], side=8)
+    small = augment.area_downsample(x, 4)
+    window, small_window = augment.crop_together(x, small, keys, side=8)
+    np.testing.assert_allclose(augment.area_downsample(window, 4), small_window, atol=1e-6)
+    again = augment.crop_together(x[2:4], small[2:4], keys[2:4], side=8)
     chex.assert_trees_all_equal(again, (window[2:4], small_window[2:4]))
-    whole = conditioning.crop_together(x, small, keys, side=16)
+    whole = augment.crop_together(x, small, keys, side=16)
     chex.assert_trees_all_equal(whole, (jnp.asarray(x), small))

@@ -209,15 +209,15 @@ def test_tiny_runs_on_any_number_of_devices(spec, devices):
 
 @functools.cache  # several configs have one network, and tracing it takes seconds
 def parameters(net, shape: tuple[int, int, int]) -> int:
-    from diffax import models
+    from diffax import networks
 
-    params = jax.eval_shape(net.init, jax.random.key(0), *models.example_inputs(net, shape))["params"]
+    params = jax.eval_shape(net.init, jax.random.key(0), *networks.example_inputs(net, shape))["params"]
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("key, count", PUBLISHED.items())
 def test_parameters_are_as_many_as_published(key, count):
-    from diffax import stages
+    from diffax.models import stages
 
     config, section = section_of(key)
     model = stages.build(configs.to_dict(config), section)
@@ -226,7 +226,7 @@ def test_parameters_are_as_many_as_published(key, count):
 
 @pytest.mark.parametrize("key, about, count", [(key, *counts) for key, counts in COUNTED.items()])
 def test_parameters_are_as_many_as_counted(key, about, count):
-    from diffax import stages
+    from diffax.models import stages
 
     config, section = section_of(key)
     model = stages.build(configs.to_dict(config), section)
@@ -239,7 +239,7 @@ def test_parameters_are_as_many_as_counted(key, about, count):
 @pytest.mark.parametrize("key, model", ON_FILE.items())
 def test_networks_have_the_published_options(key, model):
     """Heads and dropout, which no count of parameters shows, and how the model is noised."""
-    from diffax.convert import openai
+    from diffax.weights import openai
 
     config, name = section_of(key)
     section = configs.to_dict(config)[name]
@@ -396,7 +396,7 @@ def test_cascades_share_their_first_stages(spec):
 @pytest.mark.parametrize("name", ["cascade_128", "cascade_256"])
 def test_betas_of_the_continuous_stages(name):
     """From 1e-6 to 1e-2 over 2000 steps (SR3), where the schema's numbers are for 1000."""
-    from diffax import schedules
+    from diffax.diffusion import schedules
 
     c = configs.load(name)[name.replace("cascade", "up")].schedule
     betas = schedules.BETAS[c.name](c.steps, c.beta_start, c.beta_end)
@@ -457,7 +457,11 @@ def test_tiny_at_128_has_one_shape_to_a_picture(spec):
 
 
 def test_choices_are_those_of_the_modules():
-    from diffax import data, judges, losses, parallel, samplers, schedules, stages, timesteps
+    from diffax import data
+    from diffax.diffusion import losses, samplers, schedules, timesteps
+    from diffax.evaluation import judges
+    from diffax.models import stages
+    from diffax.training import parallel
 
     for path, there in {
         "guidance": stages.GUIDANCE,

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from diffax import convert
-from diffax.convert import diffusers, glide, openai
-from diffax.convert import table as tables
-from diffax.models import build
+from diffax import weights
+from diffax.networks import build
+from diffax.weights import diffusers, glide, openai
+from diffax.weights import table as tables
 
 FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
 MANIFEST = FOLDER / "manifest_full_size.json"
@@ -107,8 +107,8 @@ def random_state_dict(table):
 def test_round_trip_is_exact(kind):
     architecture, table = small(kind)
     state_dict = random_state_dict(table)
-    params = convert.to_flax(state_dict, table)
-    back = convert.to_torch(params, table)
+    params = weights.to_flax(state_dict, table)
+    back = weights.to_torch(params, table)
     assert set(back) == set(state_dict)
     for key, value in state_dict.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
@@ -140,7 +140,7 @@ def test_attention_order_of_glide_by_hand():
         key: np.broadcast_to(np.arange(shape[0], dtype=np.float32).reshape(-1, *(1 for _ in shape[1:])), shape)
         for key, shape in torch_shapes(table).items()
     }
-    params = convert.to_flax(rows, table)
+    params = weights.to_flax(rows, table)
     text = params["text"]["block_1"]["attention"]
     read = params["unet"]["mid_attention"]["attention"]
     for tree, name, (parts, heads, width), channels in (
@@ -157,7 +157,7 @@ def test_attention_order_of_glide_by_hand():
 def test_half_precision_becomes_float32():
     _, table = small("conv")
     half = {key: value.astype(np.float16) for key, value in random_state_dict(table).items()}
-    leaves = jax.tree.leaves(convert.to_flax(half, table))
+    leaves = jax.tree.leaves(weights.to_flax(half, table))
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
 
 
@@ -168,7 +168,7 @@ def test_a_state_dict_that_does_not_fit():
     state_dict["time_embed.0.bias"] = np.zeros(5, np.float32)
     state_dict |= {f"label_emb.{i}": np.zeros(1) for i in range(7)}
     with pytest.raises(ValueError) as error:
-        convert.to_flax(state_dict, table)
+        weights.to_flax(state_dict, table)
     message = str(error.value)
     assert "1 missing: out.2.weight" in message
     assert "7 unexpected: label_emb.0, label_emb.1" in message and "label_emb.6" not in message
@@ -178,11 +178,11 @@ def test_a_state_dict_that_does_not_fit():
 
 def test_parameters_that_do_not_fit():
     _, table = small("conv")
-    params = convert.to_flax(random_state_dict(table), table)
+    params = weights.to_flax(random_state_dict(table), table)
     params["unet"]["extra"] = {"bias": np.zeros(1)}
     del params["unet"]["conv_out"]["bias"]
     with pytest.raises(ValueError, match=r"1 missing: unet/conv_out/bias; 1 unexpected: unet/extra/bias"):
-        convert.to_torch(params, table)
+        weights.to_torch(params, table)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_the_clock_of_diffusers_has_its_columns_swapped_where_the_order_differs(
     for flip in (True, False):
         table = diffusers.table(network, (8, 8, 3), flip_sin_to_cos=flip)
         state_dict = random_state_dict(table) | {"time_embedding.linear_1.weight": weight}
-        rows[flip] = convert.to_flax(state_dict, table)["unet"]["time_0"]["kernel"]
+        rows[flip] = weights.to_flax(state_dict, table)["unet"]["time_0"]["kernel"]
     np.testing.assert_array_equal(rows[True], weight.T)
     np.testing.assert_array_equal(rows[False], np.roll(weight.T, 16, axis=0))
 

@@ -13,11 +13,16 @@ import optax
 import pytest
 
 import diffax
-from diffax import ahead, codes, conditioning, guidance, main, models, parallel, pipeline, schedules, stages, train
 from diffax import config as configs
+from diffax import main, networks
+from diffax.diffusion import augment, guidance, schedules
+from diffax.diffusion.process import Prediction
+from diffax.diffusion.schedules import NoiseLevel, Transition
 from diffax.errors import UserError
-from diffax.process import Prediction
-from diffax.schedules import NoiseLevel, Transition
+from diffax.models import codes, stages
+from diffax.sampling import pipeline
+from diffax.tools import compile_ahead
+from diffax.training import loop, parallel
 
 TEXT = ("text.length=8", "net.text.width=8", "net.text.layers=1", "net.text.heads=2")
 UNET = ("net.channels=8", "net.channel_mult=1,", "net.groups=4", "net.attention=none", "net.head_channels=4", "steps=3")
@@ -221,7 +226,7 @@ def test_parameters_cut_over_the_devices_make_the_same(dalle2, made, ar, monkeyp
     chex.assert_trees_all_close(cut_prior(0, prompt=PROMPTS), prior(0, prompt=PROMPTS), atol=1e-5)
     assert len(gathered) > 20
     there = parallel.settled(dalle2.params, "fsdp")
-    assert ahead.device_bytes(there) < 0.4 * ahead.tree_bytes(there)
+    assert compile_ahead.device_bytes(there) < 0.4 * compile_ahead.tree_bytes(there)
 
 
 def test_the_loss_of_codes_is_their_cross_entropy(ar):
@@ -258,8 +263,10 @@ def test_pictures_that_fit_are_asked_for(ar, monkeypatch):
     """The buckets of the upper half of the products in training, 5 at quantiles: from the third on."""
     sample_fn, _, _ = ar
     asked, params = [], sample_fn.params["prior"]
-    monkeypatch.setattr(models, "sample_codes", lambda net, params, context, keys, **_: jnp.zeros((len(keys), 3), int))
-    monkeypatch.setattr(models, "merge", lambda contexts: asked.append(contexts[-1].sequence[:, 0]))
+    monkeypatch.setattr(
+        networks, "sample_codes", lambda net, params, context, keys, **_: jnp.zeros((len(keys), 3), int)
+    )
+    monkeypatch.setattr(networks, "merge", lambda contexts: asked.append(contexts[-1].sequence[:, 0]))
     cond = {"text": jnp.zeros((60, 8), int), "text_embedding": jnp.zeros((60, 4))}
     keys = jax.random.split(jax.random.key(0), 60)
     stages.write_embeddings(sample_fn.stages[0], params, keys, cond, jnp.float32(1))
@@ -330,10 +337,10 @@ def test_sharpness_aware_minimisation_on_a_quadratic(devices, accumulate):
 
     objective = stages.Objective(lambda key: {"w": jnp.array([1.0, -2.0, 3.0])}, lambda: (), loss, lambda e, f: e)
     tx = optax.sgd(rate)
-    state = train.init_state(jax.random.key(0), objective=objective, tx=tx, ema=())
+    state = loop.init_state(jax.random.key(0), objective=objective, tx=tx, ema=())
     x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
     step = functools.partial(
-        train.train_step, objective=objective, tx=tx, schedule=lambda count: rate, accumulate=accumulate, sam=rho
+        loop.train_step, objective=objective, tx=tx, schedule=lambda count: rate, accumulate=accumulate, sam=rho
     )
     if devices > 1:
         step = functools.partial(step, axis_name="data")
@@ -394,7 +401,7 @@ def test_conditions_are_withheld_in_groups():
         jax.random.split(jax.random.key(0), 4000),
         {("image_embedding",): 0.1, ("text", "text_embedding"): 0.5},
     )
-    got = {k: np.asarray(v) == 0 for k, v in conditioning.drop(cond, keys, rate=rates, null=null).items()}
+    got = {k: np.asarray(v) == 0 for k, v in augment.drop(cond, keys, rate=rates, null=null).items()}
     np.testing.assert_array_equal(got["text"], got["text_embedding"])
     both = got["text"] & got["image_embedding"]
     shares = [of.mean() for of in (got["image_embedding"], got["text"], both, got["low_res"])]

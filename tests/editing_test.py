@@ -11,9 +11,13 @@ import pytest
 from PIL import Image
 
 from diffax import config as configs
-from diffax import editing, losses, main, pipeline, samplers, schedules, stages
+from diffax import main
+from diffax.diffusion import losses, samplers, schedules
+from diffax.diffusion.process import Prediction, expand
 from diffax.errors import UserError
-from diffax.process import Prediction, expand
+from diffax.models import stages
+from diffax.sampling import latents as editing
+from diffax.sampling import pipeline
 from tests import dalle2_test
 from tests.stages_test import build
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 import diffax
 from benchmarks import edits
-from diffax import images, judges
-from diffax.data import shapes
+from diffax.data import images, shapes
+from diffax.evaluation import judges
 from tests import dalle2_test, glide_test, micro
 from tests.editing_test import untrained
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the package, held by reading the source."""
+"""Who may import whom: the rooms of the package, held by reading the source."""
 
 import ast
 import sys
@@ -8,65 +8,49 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "diffax"
 
-# A module imports lower floors only. Decimals order the modules of one floor.
-FLOORS = {
-    "schedules": 0,
-    "models": 0,
-    "process": 1,
-    "guidance": 2.0,
-    "timesteps": 2.0,
-    "conditioning": 2.0,
-    "codes": 2.0,
-    "samplers": 2.1,
-    "losses": 2.2,
-    "stages": 3.0,
-    "convert": 3.1,
-    "train": 4.0,
-    "pipeline": 4.0,
-    "ahead": 4.1,
-    "judges": 4.1,
-    "compare": 4.1,
-    "evaluate": 4.2,
-    "editing": 4.1,
-    "main": 5,
-    "benchmark": 5.1,
-    "__init__": 6,
+# The rooms of the package. A room imports itself and lower ones; rooms of one number do not know each other.
+ROOMS = {
+    "errors": 0,
+    "components": 0.1,
+    "diffusion": 1,
+    "networks": 1,
+    "conditions": 2,
+    "models": 3,
+    "data": 1,
+    "config": 3.1,
+    "weights": 4,
+    "training": 5,
+    "sampling": 6,
+    "evaluation": 7,
+    "tools": 8.1,
+    "main": 9,
+    "__init__": 10,
 }
-# Each alone with its outside world: what it may import of diffax; floors from 3 up may import it.
-LEAVES = {
-    "errors": set(),
-    "config": {"errors", "schedules", "tokenizer"},  # to check steps, betas and ids before anything is built
-    "checkpoint": {"errors"},
-    "images": {"errors"},
-    "reporting": {"errors"},
-    "parallel": {"errors"},
-    "data": {"errors"},
-    "tokenizer": {"errors"},
-    "metrics": set(),
-}
+# Imports that go upwards; each waits for its room.
+UPWARDS = {("models", "config"), ("models", "training"), ("config", "conditions"), ("tools", "main"), ("config", "diffusion")}
 NOWHERE = {"tensorflow", "torch", "jaxtyping", "clu", "dill", "cloudpickle"}
-# Third-party packages and the modules that alone may import them.
+# Third-party packages and the rooms that alone may import them.
 ONLY_IN = {
     "array_record": {"data"},
-    "orbax": {"checkpoint"},
+    "orbax": {"training"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "sklearn": {"data", "judges"},
-    "pickle": {"convert"},
-    "safetensors": {"convert"},
-    "huggingface_hub": {"convert"},
-    "optax": {"train"},
-    "ftfy": {"tokenizer"},
+    "sklearn": {"data", "evaluation"},
+    "pickle": {"weights"},
+    "safetensors": {"weights"},
+    "huggingface_hub": {"weights"},
+    "optax": {"training", "evaluation"},
+    "ftfy": {"conditions"},
     "ml_collections": {"config", "main"},
-    "matplotlib": {"images"},
+    "matplotlib": {"data"},
 }
-# Modules that may import nothing else but the standard library and diffax.
+# Rooms that may import nothing else but the standard library and diffax.
 NARROW = {
     "errors": set(),
-    "tokenizer": {"numpy", "ftfy"},
+    "components": {"ml_collections"},
     "config": {"ml_collections", "numpy"},
-    "models": {"jax", "flax", "chex", "numpy"},
-    "schedules": {"jax", "flax", "chex", "numpy"},
+    "networks": {"jax", "flax", "chex", "numpy"},
+    "diffusion": {"jax", "flax", "chex", "numpy"},
 }
 DEVICES = {
     "devices", "local_devices", "device_count", "local_device_count", "pmap", "shard_map", "Mesh",
@@ -96,14 +80,14 @@ def imports(tree: ast.AST, package: str) -> set[str]:
 
 def violations(module: str, source: str, package: str = "diffax") -> list[str]:
     """What a file of row `module` does that the tables forbid."""
-    if module not in FLOORS and module not in LEAVES:
-        return [f"{module} is missing from the table of floors"]
+    if module not in ROOMS:
+        return [f"{module} is missing from the table of rooms"]
     tree, found = ast.parse(source), []
     for name in sorted(imports(tree, package)):
         root, _, rest = name.partition(".")
         other = rest.split(".")[0]
         if root == "diffax":
-            if other in FLOORS or other in LEAVES:
+            if other in ROOMS:
                 if other != module and not may_import(module, other):
                     found.append(f"{module} imports {name}")
             elif module not in ("__init__", "main"):
@@ -114,10 +98,10 @@ def violations(module: str, source: str, package: str = "diffax") -> list[str]:
             found.append(f"{module} imports {root}")
         elif root not in sys.stdlib_module_names and root not in NARROW.get(module, {root}):
             found.append(f"{module} imports {root}")
-        if module != "parallel" and root == "jax" and name.split(".")[-1] in DEVICES:
+        if module != "training" and root == "jax" and name.split(".")[-1] in DEVICES:
             found.append(f"{module} names devices: {name}")
     for node in ast.walk(tree):
-        if module != "parallel" and isinstance(node, ast.Attribute) and node.attr in DEVICES:
+        if module != "training" and isinstance(node, ast.Attribute) and node.attr in DEVICES:
             value = node.value
             if (
                 isinstance(value, ast.Name)
@@ -129,13 +113,8 @@ def violations(module: str, source: str, package: str = "diffax") -> list[str]:
 
 
 def may_import(module: str, other: str) -> bool:
-    if module in LEAVES:
-        return other in LEAVES[module]
-    if other == "errors":
-        return module not in ("models", "schedules")
-    if other in LEAVES:
-        return FLOORS[module] >= 3
-    return FLOORS[other] < FLOORS[module]
+    """Whether a file of one room may import another room."""
+    return ROOMS[other] < ROOMS[module] or (module, other) in UPWARDS
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -148,32 +127,27 @@ def test_file_keeps_to_its_floor(path):
 
 
 def test_there_are_files_to_check():
-    assert {"schedules", "models", "config", "data"} <= {top(path) for path in FILES}
+    assert {"diffusion", "networks", "config", "data"} <= {top(path) for path in FILES}
 
 
 @pytest.mark.parametrize(
     "module, source",
     [
-        ("process", "from diffax.samplers import ddpm"),
-        ("process", "from diffax import samplers"),
-        ("process", "from . import samplers"),
-        ("process", "def f():\n  import diffax.stages"),
-        ("guidance", "from diffax.losses import vlb"),
-        ("losses", "from diffax import config"),
+        ("diffusion", "from diffax.models.stages import build"),
+        ("diffusion", "from diffax import models"),
+        ("diffusion", "from .. import models"),
+        ("diffusion", "def f():\n  import diffax.networks"),
+        ("networks", "from diffax.diffusion.schedules import NoiseLevel"),
+        ("networks", "import optax"),
         ("data", "from diffax import config"),
-        ("checkpoint", "from diffax.train import State"),
-        ("train", "from diffax.main import run"),
-        ("models", "from diffax.errors import UserError"),
-        ("models", "import optax"),
-        ("models", "from diffax.schedules import NoiseLevel"),
-        ("train", "import orbax.checkpoint as ocp"),
-        ("convert", "import torch"),
+        ("training", "from diffax.main import run"),
+        ("weights", "import torch"),
         ("data", "from tensorflow import io"),
-        ("train", "import pickle"),
-        ("train", "import jax\njax.devices()"),
-        ("train", "import jax\nstep = jax.pmap(step)"),
-        ("train", "from jax.sharding import Mesh"),
-        ("stages", "import jax\njax.sharding.Mesh"),
+        ("training", "import pickle"),
+        ("models", "import jax\njax.devices()"),
+        ("models", "import jax\nstep = jax.pmap(step)"),
+        ("models", "from jax.sharding import Mesh"),
+        ("models", "import jax\njax.sharding.Mesh"),
         ("config", "import jax"),
         ("newcomer", ""),
     ],
@@ -185,13 +159,12 @@ def test_bad_source_is_found(module, source):
 @pytest.mark.parametrize(
     "module, source",
     [
-        ("losses", "from diffax.process import posterior"),
-        ("stages", "from diffax import models, samplers"),
-        ("train", "from diffax import checkpoint, parallel, stages"),
-        ("checkpoint", "import orbax.checkpoint\nfrom diffax.errors import RunError"),
-        ("parallel", "import jax\njax.devices()"),
-        ("images", "devices = state.devices()"),
-        ("__init__", "from diffax.stages import Stage\nfrom diffax.main import run"),
+        ("diffusion", "from diffax.diffusion.process import posterior"),
+        ("models", "from diffax import networks, diffusion"),
+        ("training", "from diffax import models\nimport orbax.checkpoint"),
+        ("training", "import jax\njax.devices()"),
+        ("data", "devices = state.devices()"),
+        ("__init__", "from diffax.models.stages import Stage\nfrom diffax.main import run"),
     ],
 )
 def test_good_source_is_let_through(module, source):
@@ -200,5 +173,5 @@ def test_good_source_is_let_through(module, source):
 
 def test_relative_imports_are_resolved():
     tree = ast.parse("from . import layers\nfrom .. import errors\nfrom .unet import UNet")
-    names = {"diffax.models.layers", "diffax.errors", "diffax.models.unet.UNet"}
-    assert imports(tree, "diffax.models") == names
+    names = {"diffax.networks.layers", "diffax.errors", "diffax.networks.unet.UNet"}
+    assert imports(tree, "diffax.networks") == names

@@ -11,10 +11,14 @@ import pytest
 from PIL import Image
 
 import diffax
-from diffax import conditioning, guidance, judges, main, models, pipeline, samplers, schedules, stages
+from diffax import main, networks
+from diffax.diffusion import augment, guidance, samplers, schedules
+from diffax.diffusion.process import Prediction, diffuse
+from diffax.diffusion.schedules import NoiseLevel
 from diffax.errors import UserError
-from diffax.process import Prediction, diffuse
-from diffax.schedules import NoiseLevel
+from diffax.evaluation import judges
+from diffax.models import stages
+from diffax.sampling import pipeline
 from tests import micro
 
 UP = tuple(o.replace("config.base", "config.up") for o in micro.OVERRIDES if o.startswith("config.base"))
@@ -236,8 +240,8 @@ def test_a_widened_network_is_the_same_function(glide, trained):
     params, untouched = glide.params["base"], diffax.load(trained / "glide").params["base"]
     section = diffax.load(trained / "inpaint").config["base"]
     wide = pipeline.starting_params({**section, "train": {**section["train"], "start_from": trained / "glide"}}, "base")
-    chex.assert_trees_all_equal(wide, models.widen_input(untouched, at=3, by=4))
-    wide = models.widen_input(params, at=3, by=4)
+    chex.assert_trees_all_equal(wide, networks.widen_input(untouched, at=3, by=4))
+    wide = networks.widen_input(params, at=3, by=4)
     stage = stages.build_stage({**glide.config, "stages": ["base"], "base": section}, "base")
     z = jax.random.normal(jax.random.key(0), (2, *stage.shape))
     text = glide.tokenizers["text"](["a red circle", ""])
@@ -252,14 +256,14 @@ def test_a_widened_network_is_the_same_function(glide, trained):
 def test_new_channels_stand_where_the_condition_does():
     kernel = np.arange(2 * 2 * 6 * 3, dtype=np.float32).reshape(2, 2, 6, 3)
     params = {"unet": {"conv_in": {"kernel": kernel, "bias": np.ones(3)}, "other": {}}, "text": {}}
-    wide = models.widen_input(params, at=3, by=4)["unet"]["conv_in"]["kernel"]
+    wide = networks.widen_input(params, at=3, by=4)["unet"]["conv_in"]["kernel"]
     np.testing.assert_array_equal(np.delete(wide, np.s_[3:7], axis=2), kernel)
     assert not np.asarray(wide)[:, :, 3:7].any()
 
 
 def test_masks_are_boxes_or_their_surroundings():
     keys = jax.random.split(jax.random.key(0), 2000)
-    known = np.asarray(conditioning.random_known(keys, (8, 8, 3), empty=0.25))
+    known = np.asarray(augment.random_known(keys, (8, 8, 3), empty=0.25))
     assert known.shape == (2000, 8, 8, 1) and set(np.unique(known)) == {0.0, 1.0}
     nothing = ~known.any((1, 2, 3))
     assert 0.21 < nothing.mean() < 0.33, "a quarter, and a few boxes that fill the picture"
@@ -273,11 +277,11 @@ def test_masks_are_boxes_or_their_surroundings():
 def test_small_masks_know_what_is_known_below():
     known = np.ones((1, 4, 4, 1), np.float32)
     known[0, 0, 1] = 0
-    x, small = conditioning.shrink_known(jnp.arange(16.0).reshape(1, 4, 4, 1), jnp.asarray(known), 2)
+    x, small = augment.shrink_known(jnp.arange(16.0).reshape(1, 4, 4, 1), jnp.asarray(known), 2)
     np.testing.assert_array_equal(np.asarray(small)[0, :, :, 0], [[0, 1], [1, 1]])
     np.testing.assert_allclose(x[0, 1, 1, 0], np.mean([10, 11, 14, 15]))
     for factor in (1, 3, 4):
-        ones = conditioning.shrink_known(jnp.zeros((1, 12, 12, 1)), jnp.ones((1, 12, 12, 1)), factor)[1]
+        ones = augment.shrink_known(jnp.zeros((1, 12, 12, 1)), jnp.ones((1, 12, 12, 1)), factor)[1]
         assert (np.asarray(ones) == 1).all()
 
 
@@ -290,7 +294,7 @@ def test_keep_known_puts_the_picture_into_x():
     def denoise(z, step, **cond):
         return Prediction(x=jnp.full_like(z, 0.9), eps=z, variance=z, logvar=z)
 
-    p = guidance.keep_known()(denoise)(z, step, inpaint=conditioning.masked(picture, known))
+    p = guidance.keep_known()(denoise)(z, step, inpaint=augment.masked(picture, known))
     np.testing.assert_allclose(p.x[0, :, :, 0], [[-0.5, -0.5], [0.9, 0.9]], rtol=1e-6)
     np.testing.assert_allclose(diffuse(p.x, t, p.eps), z, atol=1e-6)
 

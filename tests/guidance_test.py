@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import conditioning, guidance, losses, process, samplers, schedules
+from diffax.diffusion import augment, guidance, losses, process, samplers, schedules
 
 CLASS_MEANS = np.array([-0.6, 0.1, 0.7])
 NULL = len(CLASS_MEANS)
@@ -197,7 +197,7 @@ class DropTest(chex.TestCase):
         keys = jax.random.split(jax.random.key(0), n)
         cond = {"label": jnp.arange(n), "text": jnp.ones((n, 3), jnp.int32), "low_res": jnp.ones((n, 2))}
         null = {"label": -1, "text": jnp.zeros(3)}
-        drop = self.variant(lambda cond, keys: conditioning.drop(cond, keys, rate=0.2, null=null))
+        drop = self.variant(lambda cond, keys: augment.drop(cond, keys, rate=0.2, null=null))
         out = drop(cond, keys)
         gone = np.asarray(out["label"] == -1)
         np.testing.assert_allclose(gone.mean(), 0.2, atol=0.02)

@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 import diffax
-from diffax import main, pipeline, reporting, stages
+from diffax import main
+from diffax.models import stages
+from diffax.sampling import pipeline
+from diffax.training import reporting
 from tests import micro
 
 CLASSIFIER = tuple(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffax import images
+from diffax.data import images
 from diffax.errors import RunError, UserError
 from tests.data_images_test import cubic, resized
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from diffax import compare
-from diffax.convert import inception as convert
-from diffax.convert import table as tables
-from diffax.convert import weights
 from diffax.errors import UserError
-from diffax.models import inception
+from diffax.evaluation import compare
+from diffax.networks import inception
+from diffax.weights import files as weights
+from diffax.weights import inception as convert
+from diffax.weights import table as tables
 from tests.parity import golden
 
 CASES = [name for name in ("g_inceptionv3", "g_inceptionv3_gain") if name in golden.case_names()]

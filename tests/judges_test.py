@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from diffax import config as configs
-from diffax import data, judges
+from diffax import data
+from diffax.evaluation import judges
 
 
 def section(spec: str, *overrides: str) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from diffax import guidance, losses, process, samplers, schedules
+from diffax.diffusion import guidance, losses, process, samplers, schedules
 
 CHAIN = schedules.discrete(schedules.linear_betas(100))
 TABLE = schedules.respaced(CHAIN, 100)

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 import diffax
-from diffax import checkpoint, evaluate, main, reporting
+from diffax import main
+from diffax.evaluation import evaluate
+from diffax.training import checkpoint, reporting
 from tests import micro
 
 

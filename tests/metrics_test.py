@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from diffax import metrics
+from diffax.evaluation import metrics
 from tests.parity import golden
 
 GOLDEN = {"g_fid", "g_inception_score", "g_precision_recall", "g_kid"} <= {*golden.case_names()}

@@ -13,9 +13,9 @@ from flax import traverse_util
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 
-from diffax import models
-from diffax.models import layers
-from diffax.models.layers import Style
+from diffax import networks
+from diffax.networks import layers
+from diffax.networks.layers import Style
 
 SHAPE = (8, 8, 3)
 NET = dict(name="unet", channels=16, groups=8, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
@@ -28,16 +28,16 @@ VARIANTS = {
 
 
 def build(**net):
-    return models.build(NET | net, shape=SHAPE, out_channels=3)
+    return networks.build(NET | net, shape=SHAPE, out_channels=3)
 
 
 def initial(network):
-    return jax.jit(network.init)(jax.random.key(0), *models.example_inputs(network, SHAPE))
+    return jax.jit(network.init)(jax.random.key(0), *networks.example_inputs(network, SHAPE))
 
 
 def trained(network, seed=0):
     """Parameters that are nowhere zero, as after training: kernels of unit gain, scales near 1."""
-    return drawn(network, *models.example_inputs(network, SHAPE), seed=seed)
+    return drawn(network, *networks.example_inputs(network, SHAPE), seed=seed)
 
 
 def drawn(module, *inputs, seed=0):
@@ -92,7 +92,7 @@ def test_runs_at_other_sizes(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_keeps_parameters_and_output_in_float32(variant):
     half = build(**VARIANTS[variant], dtype="bfloat16")
-    shapes = jax.eval_shape(half.init, jax.random.key(0), *models.example_inputs(half, SHAPE))
+    shapes = jax.eval_shape(half.init, jax.random.key(0), *networks.example_inputs(half, SHAPE))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     assert jax.eval_shape(half.apply, shapes, images(), CLOCK, {}).dtype == jnp.float32
 
@@ -146,7 +146,7 @@ def test_dropout_acts_where_keys_are_given_and_each_image_has_its_own():
 class Conditions:
     """A network with a label and a low-resolution image."""
 
-    network = models.build(NET, shape=SHAPE, takes=("label", "low_res"), num_classes=4, out_channels=3)
+    network = networks.build(NET, shape=SHAPE, takes=("label", "low_res"), num_classes=4, out_channels=3)
 
     @functools.cached_property
     def params(self):
@@ -196,16 +196,16 @@ def test_a_label_out_of_range_is_loud():
 
 
 def test_null_label_is_one_more_row():
-    build = functools.partial(models.build, NET, shape=SHAPE, takes=("label",), num_classes=4, out_channels=3)
+    build = functools.partial(networks.build, NET, shape=SHAPE, takes=("label",), num_classes=4, out_channels=3)
     for null_label, rows in ((False, 4), (True, 5)):
         network = build(null_label=null_label)
-        shapes = jax.eval_shape(network.init, jax.random.key(0), *models.example_inputs(network, SHAPE))
+        shapes = jax.eval_shape(network.init, jax.random.key(0), *networks.example_inputs(network, SHAPE))
         assert shapes["params"]["label"]["embed"]["embedding"].shape == (rows, 64)
 
 
 def test_low_res_is_resized_with_half_pixel_centres():
     low = np.array([0.0, 1.0, 4.0, 9.0])
-    planes = models.LowRes().apply({}, jnp.array(low).reshape(1, 1, 4, 1), jnp.zeros((1, 1, 8, 3))).planes
+    planes = networks.LowRes().apply({}, jnp.array(low).reshape(1, 1, 4, 1), jnp.zeros((1, 1, 8, 3))).planes
     centres = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
     np.testing.assert_allclose(planes[0, 0, :, 0], np.interp(centres, np.arange(4), low), rtol=1e-6)
 
@@ -217,7 +217,7 @@ INPAINT = jnp.concatenate([images(seed=5), jnp.ones((2, 8, 8, 1)).at[:, :, 4:].s
 
 def text_network(takes=("text",), *, text=None, **net):
     net = NET | net | dict(text=TEXT | (text or {}))
-    return models.build(net, shape=SHAPE, takes=takes, num_classes=4, out_channels=3)
+    return networks.build(net, shape=SHAPE, takes=takes, num_classes=4, out_channels=3)
 
 
 def encode(network, params, cond):
@@ -320,9 +320,9 @@ def test_conditions_encoded_once_serve_at_every_level(takes):
 def test_null_conditions():
     """Text can be withheld, as no token at all; pictures cannot, and a label where it has a row for that."""
     network = text_network(("label", "text", "inpaint", "low_res"))
-    assert models.null_conditions(network) == {"text": -1}
-    *_, cond = models.example_inputs(network, SHAPE, batch=2)
-    np.testing.assert_array_equal(cond["text"], np.full((2, 6), models.null_conditions(network)["text"]))
+    assert networks.null_conditions(network) == {"text": -1}
+    *_, cond = networks.example_inputs(network, SHAPE, batch=2)
+    np.testing.assert_array_equal(cond["text"], np.full((2, 6), networks.null_conditions(network)["text"]))
 
 
 def test_withheld_text_does_not_reach_the_output():
@@ -436,9 +436,9 @@ def test_bad_options(net, match):
 
 def test_bad_conditions_at_build():
     with pytest.raises(ValueError, match="num_classes is 0"):
-        models.build(NET, shape=SHAPE, takes=("label",), out_channels=3)
+        networks.build(NET, shape=SHAPE, takes=("label",), out_channels=3)
     with pytest.raises(ValueError, match="condition 'depth' is unknown; use one of 'label', 'text', 'inpaint', 'low_"):
-        models.build(NET, shape=SHAPE, takes=("depth",), out_channels=3)
+        networks.build(NET, shape=SHAPE, takes=("depth",), out_channels=3)
 
 
 def test_a_size_that_cannot_be_halved_is_refused_when_called():
@@ -448,21 +448,21 @@ def test_a_size_that_cannot_be_halved_is_refused_when_called():
 
 def test_half_width_levels():
     network = build(channel_mult=(0.5, 1), channels=32)
-    params = jax.eval_shape(network.init, jax.random.key(0), *models.example_inputs(network, SHAPE))["params"]
+    params = jax.eval_shape(network.init, jax.random.key(0), *networks.example_inputs(network, SHAPE))["params"]
     assert params["unet"]["conv_in"]["kernel"].shape == (3, 3, 3, 16)
     assert params["unet"]["time_0"]["kernel"].shape == (32, 128)
 
 
 def test_sinusoid_of_improved_ddpm():
     want = [0.54030, 0.99500, 0.99995, 1.0, 0.84147, 0.09983, 0.0099998, 0.001]
-    np.testing.assert_allclose(models.sinusoid(jnp.ones(1), 8)[0], want, atol=1e-5)
+    np.testing.assert_allclose(networks.sinusoid(jnp.ones(1), 8)[0], want, atol=1e-5)
 
 
 def test_sinusoid_of_ddpm():
     time = np.array([1.0, 7.0, 250.25])
     phase = time[:, None] * np.exp(-np.log(10_000) * np.arange(4) / 3)
     want = np.concatenate([np.sin(phase), np.cos(phase), np.zeros((3, 1))], -1)
-    np.testing.assert_allclose(models.sinusoid(jnp.array(time), 9, "ho"), want, atol=1e-4)
+    np.testing.assert_allclose(networks.sinusoid(jnp.array(time), 9, "ho"), want, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 12), (2, 12)])
@@ -626,7 +626,7 @@ def test_projections_are_initialised_one_by_one():
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
 def test_classifier(pool):
     net = NET | dict(name="classifier", pool=pool, head_channels=8, groups=8)
-    network = models.build(net, shape=SHAPE, out_channels=10)
+    network = networks.build(net, shape=SHAPE, out_channels=10)
     apply, params = jax.jit(network.apply), trained(network)
     logits = apply(params, images(), CLOCK)
     chex.assert_shape(logits, (2, 10))
@@ -637,9 +637,9 @@ def test_classifier(pool):
 
 def test_classifier_options():
     with pytest.raises(ValueError, match="net.pool 'max' is unknown"):
-        models.build(NET | dict(name="classifier", pool="max"), shape=SHAPE, out_channels=10)
+        networks.build(NET | dict(name="classifier", pool="max"), shape=SHAPE, out_channels=10)
     with pytest.raises(ValueError, match="takes no conditions"):
-        models.build(NET | dict(name="classifier"), shape=SHAPE, takes=("low_res",), out_channels=10)
+        networks.build(NET | dict(name="classifier"), shape=SHAPE, takes=("low_res",), out_channels=10)
 
 
 def test_resampling_by_hand():

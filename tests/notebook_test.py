@@ -16,7 +16,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import diffax
-from diffax import images, main
+from diffax import main
+from diffax.data import images
 from tests import micro
 
 matplotlib.use("Agg")

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffax import checkpoint, parallel
+from diffax.training import checkpoint, parallel
 from tests import micro
 
 
@@ -106,7 +106,8 @@ def free_port() -> int:
 
 
 CUTTING = """
-from diffax import main, parallel
+from diffax import main
+from diffax.training import parallel
 parallel.WHOLE_BELOW = 1
 raise SystemExit(main.run())
 """
@@ -212,7 +213,7 @@ def test_two_processes_score_what_one_scores(one_process, tmp_path):
 FAILING = """
 import functools, sys
 import jax
-from diffax import parallel
+from diffax.training import parallel
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
 parallel.start(sys.argv[1], 2, int(sys.argv[2]))
 print(parallel.process_count(), "processes", flush=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import process, schedules
+from diffax.diffusion import process, schedules
 
 BETAS = schedules.linear_betas(1000)
 TABLE = schedules.respaced(schedules.discrete(BETAS), 1000)[::-1]

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from diffax import checkpoint, convert, main, models, pipeline, stages
 from diffax import config as configs
-from diffax.convert import __main__ as command
-from diffax.convert import diffusers, glide, openai, published, weights
-from diffax.convert.table import torch_shapes
+from diffax import main, networks, weights
 from diffax.errors import UserError
+from diffax.models import stages
+from diffax.sampling import pipeline
+from diffax.training import checkpoint
+from diffax.weights import __main__ as command
+from diffax.weights import diffusers, files, glide, openai, published
+from diffax.weights.table import torch_shapes
 from tests.parity import golden
 from tests.parity.models import RUNNERS
 from tests.torch_files import state_dict
@@ -36,7 +39,7 @@ needs_manifest = pytest.mark.skipif(not MODELS, reason="no manifest_full_size.js
 def row_of(name):
     """The published file of an entry of the manifest."""
     repository, _, model = name.partition("/")
-    for row in convert.PUBLISHED:
+    for row in weights.PUBLISHED:
         if row.place == name or (repository != "google" and row.name == model.replace("-", "_")):
             return row
     raise KeyError(name)
@@ -49,9 +52,9 @@ def blanks(shapes):
 
 def neutral(network):
     """The fields of a network, without what may differ for the same parameters and outputs."""
-    inner = network if isinstance(network, models.Classifier) else network.unet
+    inner = network if isinstance(network, networks.Classifier) else network.unet
     inner = inner.clone(dropout=0.0, remat="none", heads=0 if inner.head_channels else inner.heads)
-    if isinstance(inner, models.UNet):
+    if isinstance(inner, networks.UNet):
         inner = inner.clone(attention_up=inner.attention_up or inner.attention)
     conditioners = [
         (name, part.clone(remat="none") if hasattr(part, "remat") else part)
@@ -97,7 +100,7 @@ def test_the_config_of_a_published_file_builds_the_network_of_its_program(name):
 def test_a_published_file_is_recognised_from_names_and_shapes(name):
     entry, row = MODELS[name], row_of(name)
     shapes = entry.get("state_dict") or MODELS[entry["same_state_dict_as"]]["state_dict"]
-    found, table = convert.recognise(blanks(shapes), row.name)
+    found, table = weights.recognise(blanks(shapes), row.name)
     assert found == row
     assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}  # none missing and none left
 
@@ -120,8 +123,8 @@ KARLO_DIFFUSERS = json.loads((pathlib.Path(__file__).parent / "weights" / "karlo
 def test_every_entry_of_the_manifest_is_covered_and_what_it_lacks_is_known():
     """By the tests above and by the one below; `tests/convert_test.py` compares all names and shapes of the former."""
     assert {*MODELS, *OTHERS} == {*EVERY}
-    covered = [*map(row_of, MODELS), *(row for row in convert.PUBLISHED if {row.file, row.place} & {*OTHERS.values()})]
-    assert {(row.file, row.place) for row in convert.PUBLISHED if row not in covered} == {
+    covered = [*map(row_of, MODELS), *(row for row in weights.PUBLISHED if {row.file, row.place} & {*OTHERS.values()})]
+    assert {(row.file, row.place) for row in weights.PUBLISHED if row not in covered} == {
         ("ViT-B-32.pt", published.CLIPS), ("ViT-B-16.pt", published.CLIPS), ("ViT-L-14.pt", published.CLIPS),
         ("model.safetensors", "openai/clip-vit-base-patch32"), ("model.safetensors", "openai/clip-vit-base-patch16"),
         ("ViT-L-14_stats.th", published.KARLO),
@@ -136,8 +139,8 @@ def test_every_entry_of_the_manifest_is_covered_and_what_it_lacks_is_known():
 def test_clips_and_karlo_are_recognised(name):
     """Each array has its place, and parameters come out, of the right number, all of them in sections of a config."""
     shapes = EVERY[name]["state_dict"]
-    (row,) = (row for row in convert.PUBLISHED if OTHERS[name] in (row.file, row.place))
-    found, table = convert.recognise(blanks(shapes), row.name)
+    (row,) = (row for row in weights.PUBLISHED if OTHERS[name] in (row.file, row.place))
+    found, table = weights.recognise(blanks(shapes), row.name)
     assert (found, found.parameters) == (row, EVERY[name]["num_parameters"])
     assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}
     without_key_bias = 12 * (768 if "image" in name else 512) if row.family == "glide-clip" else 0
@@ -171,28 +174,28 @@ def test_karlo_in_diffusers_is_recognised(monkeypatch):
         return made[key]
 
     monkeypatch.setattr(published, "table", once)
-    own = {row.section: row.parameters for row in convert.PUBLISHED if row.place == published.KARLO}
+    own = {row.section: row.parameters for row in weights.PUBLISHED if row.place == published.KARLO}
     paths, counts = {}, {}
     for folder, module in KARLO_FOLDERS.items():
         shapes = KARLO_DIFFUSERS[module]
-        row, table = convert.recognise(blanks(shapes), folder)
+        row, table = weights.recognise(blanks(shapes), folder)
         assert (row.folder, row.config) == (folder, "karlo")
         assert torch_shapes(table) == {key: tuple(shape) for key, shape in shapes.items()}
-        assert weights.count(list(shapes.values())) == row.parameters == sum(int(np.prod(e.shape)) for e in table)
+        assert files.count(list(shapes.values())) == row.parameters == sum(int(np.prod(e.shape)) for e in table)
         paths.setdefault(row.section, []).extend(entry.path for entry in table)
         counts[row.section] = counts.get(row.section, 0) + row.parameters
     assert counts["decoder"] == own["decoder"] and counts["up"] + counts["up_last"] == own["up"]
     assert paths["up"] == paths["up_last"] and len({*paths["decoder"]}) == len(paths["decoder"])
     with pytest.raises(UserError, match="could be of super_res_first or super_res_last; call the file, or its folder"):
-        convert.recognise(blanks(KARLO_DIFFUSERS["super_res"]), "renamed")
+        weights.recognise(blanks(KARLO_DIFFUSERS["super_res"]), "renamed")
 
 
 def test_the_encoders_of_a_clip_in_two_files():
     """Together they have all that the whole file has, but for the scale."""
-    whole = published.table(next(row for row in convert.PUBLISHED if row.folder == "clip-vit-large-patch14"))
+    whole = published.table(next(row for row in weights.PUBLISHED if row.folder == "clip-vit-large-patch14"))
     shapes, paths = torch_shapes(whole), []
     for tower, model in (("text", "text_"), ("image", "vis")):
-        row, table = convert.recognise(blanks({k: s for k, s in shapes.items() if k.startswith(model)}), "renamed")
+        row, table = weights.recognise(blanks({k: s for k, s in shapes.items() if k.startswith(model)}), "renamed")
         assert row.folder == f"{tower}_encoder"
         paths += [entry.path for entry in table]
     assert sorted(paths) == sorted(entry.path for entry in whole)
@@ -200,14 +203,14 @@ def test_the_encoders_of_a_clip_in_two_files():
 
 def test_openai_and_transformers_agree_on_the_size_of_a_clip():
     """One network, under the names of either; the old files' buffers are no parameters."""
-    rows = [row for row in convert.PUBLISHED if row.parameters == 151_277_313]
+    rows = [row for row in weights.PUBLISHED if row.parameters == 151_277_313]
     assert [row.family for row in rows] == ["openai-clip", "transformers"]
     for row in rows:
         table = published.table(row)
         shapes = torch_shapes(table)
-        assert weights.count(list(shapes.values())) == row.parameters
+        assert files.count(list(shapes.values())) == row.parameters
         assert sum(int(np.prod(entry.shape)) for entry in table) == row.parameters
-        assert convert.recognise(blanks(shapes), "renamed")[0] == row
+        assert weights.recognise(blanks(shapes), "renamed")[0] == row
     buffers = {"input_resolution": (), "text_model.embeddings.position_ids": (1, 77)}
     assert set(published.FAMILIES["transformers"].rename(blanks(shapes | buffers))) == set(shapes)
 
@@ -216,19 +219,19 @@ def test_openai_and_transformers_agree_on_the_size_of_a_clip():
 def test_arrays_that_are_not_told_apart_or_not_known():
     shapes = MODELS["improved-diffusion/cifar10_uncond_50M_500K"]["state_dict"]
     with pytest.raises(UserError, match="any of iddpm_cifar10, iddpm_cifar10:vlb; pass --model=NAME of one"):
-        convert.recognise(blanks(shapes), "renamed")
+        weights.recognise(blanks(shapes), "renamed")
     first = next(iter(shapes))
     with pytest.raises(UserError, match="446 arrays of 52,546,438 numbers are of no model"):
-        convert.recognise(blanks({**shapes, first: shapes[first][::-1]}), "cifar10_uncond_50M_500K")
+        weights.recognise(blanks({**shapes, first: shapes[first][::-1]}), "cifar10_uncond_50M_500K")
     with pytest.raises(UserError, match="445 arrays of .* numbers are of no model that was published; pass --model"):
-        convert.recognise(blanks({key: shape for key, shape in shapes.items() if key != first}))
+        weights.recognise(blanks({key: shape for key, shape in shapes.items() if key != first}))
 
 
 def test_published_files_are_told_by_their_names():
     """Files of one number of parameters differ in name; every config and section is there."""
-    keys = [(row.parameters, row.place, row.name) for row in convert.PUBLISHED]
+    keys = [(row.parameters, row.place, row.name) for row in weights.PUBLISHED]
     assert len(set(keys)) == len(keys)
-    for row in convert.PUBLISHED:
+    for row in weights.PUBLISHED:
         assert row.family in published.FAMILIES and bool(row.config) != bool(row.architecture)
         if row.config:
             config = configs.load(row.config)
@@ -247,8 +250,8 @@ def in_file(path, arrays):
     if path.suffix == ".pt":
         path.write_bytes(state_dict(arrays))
     else:
-        weights.write(path, arrays, {})
-    return weights.read(path)
+        files.write(path, arrays, {})
+    return files.read(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -327,11 +330,11 @@ def small_files(tmp_path_factory):
             row = published.Published(f"small_{section}.pt", "here", "openai", 0, config, section)
             table = published.table(row)
             shapes = torch_shapes(table)
-            rows.append(row._replace(parameters=weights.count(list(shapes.values()))))
+            rows.append(row._replace(parameters=files.count(list(shapes.values()))))
             rng = np.random.default_rng(0)
             arrays = {key: np.float32(0.1) * rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
             (folder / row.file).write_bytes(state_dict(arrays))
-            made[section] = folder / row.file, convert.to_flax(arrays, table)
+            made[section] = folder / row.file, weights.to_flax(arrays, table)
     return folder, tuple(rows), made
 
 
@@ -347,7 +350,7 @@ def small(small_files, monkeypatch):
 def parameters(found):
     """Those of a file that holds one section."""
     (table,) = found.sections.values()
-    return convert.to_flax(found.tensors, table)
+    return weights.to_flax(found.tensors, table)
 
 
 def assert_equal(got, want):
@@ -372,7 +375,7 @@ def test_a_model_and_then_its_classifier(small, tmp_path, capsys):
     assert both.stages[0].is_guided and both.config == published._config("small_guided")
     assert_equal(both.params, {"base": base_params, "classifier": classifier_params})
 
-    config, params, step = convert.load([base, classifier])
+    config, params, step = weights.load([base, classifier])
     assert (config, step) == (both.config, both.step)
     assert_equal(params, both.params)
 
@@ -384,25 +387,25 @@ def test_a_model_and_then_its_classifier(small, tmp_path, capsys):
 def test_the_classifier_first(small, tmp_path):
     workdir = tmp_path / "run"
     for section in ("classifier", "base"):
-        config = convert.save(convert.match(small[section][0]), workdir)
+        config = weights.save(weights.match(small[section][0]), workdir)
     assert config == published._config("small_guided") == json.loads((workdir / "config.json").read_text())
 
 
 def test_a_workdir_that_is_not_ours_is_left_alone(small, tmp_path):
     workdir = tmp_path / "run"
-    convert.save(convert.match(small["base"][0]), workdir)
+    weights.save(weights.match(small["base"][0]), workdir)
     config = json.loads((workdir / "config.json").read_text())
     config["base"]["guidance_scale"] = 7.0
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="or was edited; .*; choose another workdir"):
-        convert.save(convert.match(small["classifier"][0]), workdir)
+        weights.save(weights.match(small["classifier"][0]), workdir)
     assert json.loads((workdir / "config.json").read_text()) == config
     assert not (workdir / "classifier").exists()
 
 
 def of_files(names, folder):
     """What `match` finds in published files of these names; no numbers are needed to see what goes with what."""
-    rows = [next(row for row in convert.PUBLISHED if row.file == name) for name in names]
+    rows = [next(row for row in weights.PUBLISHED if row.file == name) for name in names]
     found = []
     for row in rows:
         sections, settings = {row.section: []}, {}
@@ -471,16 +474,16 @@ def clip_files(tmp_path_factory):
     """GLIDE's two files of a small CLIP, the rows that know them, and its parameters."""
     folder, rows, arrays = tmp_path_factory.mktemp("clip"), [], {}
     network = stages.build(published._config("glide_clip:tiny"), "clip").net
-    for tower, file in convert.clip.GLIDE_FILES.items():
+    for tower, file in weights.clip.GLIDE_FILES.items():
         row = published.Published(file, "here", "glide-clip", 0, "glide_clip:tiny", "clip", {"tower": tower})
         shapes, rng = torch_shapes(published.table(row)), np.random.default_rng(len(rows))
         arrays[tower] = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
         (folder / file).write_bytes(state_dict(arrays[tower]))
-        rows.append(row._replace(parameters=weights.count(list(shapes.values()))))
-    return folder, tuple(rows), convert.clip.from_glide(arrays["image"], arrays["text"], network)
+        rows.append(row._replace(parameters=files.count(list(shapes.values()))))
+    return folder, tuple(rows), weights.clip.from_glide(arrays["image"], arrays["text"], network)
 
 
-@pytest.mark.parametrize("file", convert.clip.GLIDE_FILES.values())
+@pytest.mark.parametrize("file", weights.clip.GLIDE_FILES.values())
 def test_the_two_files_of_a_clip(clip_files, file, tmp_path, monkeypatch, capsys):
     """Either one stands for both, which are one section; each is written as it was read, with the scale beside them."""
     folder, rows, params = clip_files
@@ -490,28 +493,28 @@ def test_the_two_files_of_a_clip(clip_files, file, tmp_path, monkeypatch, capsys
     with checkpoint.Checkpoints(workdir / "clip" / "checkpoints", read_only=True) as checkpoints:
         assert_equal(checkpoints.restore_ema()[1], params)
     assert float(params["logit_scale"]) == np.float32(np.log(100))
-    other = next(name for name in convert.clip.GLIDE_FILES.values() if name != file)
+    other = next(name for name in weights.clip.GLIDE_FILES.values() if name != file)
     for sources in (folder / file, [folder / file, folder / other]):
-        config, found, _ = convert.load(sources, "glide_clip:tiny")
+        config, found, _ = weights.load(sources, "glide_clip:tiny")
         assert_equal(found, {"clip": params})
         assert config["stages"] == ["clip"]
     # and back, as one file with the scale
     out = tmp_path / "out.safetensors"
     assert command.run([str(workdir), str(out), "--to=safetensors"]) == 0
-    exported = weights.read(out)
+    exported = files.read(out)
     assert float(np.asarray(exported.pop("logit_scale"))) == params["logit_scale"]
-    for tower, name in convert.clip.GLIDE_FILES.items():
-        for key, array in weights.read(folder / name).items():
+    for tower, name in weights.clip.GLIDE_FILES.items():
+        for key, array in files.read(folder / name).items():
             np.testing.assert_array_equal(np.asarray(exported.pop(f"{tower}.{key}")), np.asarray(array), strict=True)
     assert not exported
-    assert_equal(convert.load(out, "glide_clip:tiny")[1], {"clip": params})
+    assert_equal(weights.load(out, "glide_clip:tiny")[1], {"clip": params})
     alone = tmp_path / file
     alone.write_bytes((folder / file).read_bytes())
     with pytest.raises(UserError, match=f"one encoder of a CLIP, and {other} is not beside it; .*{file}; put both"):
-        convert.match(alone)
+        weights.match(alone)
     alone.with_name(other).write_bytes((folder / file).read_bytes())
     with pytest.raises(UserError, match=f"encoder that goes with {file}: .*missing.*; .*{other}; download it again"):
-        convert.match(alone)
+        weights.match(alone)
 
 
 # ---- karlo, in small -------------------------------------------------------------------------------------------------
@@ -558,7 +561,7 @@ def karlo_files(tmp_path_factory):
         files.append(folder / f"{section}.ckpt")
         nested = {"state_dict": lambda t: {"state_dict": t, "step": 7}, "": lambda t: t}
         files[-1].write_bytes(state_dict(arrays, wrap=nested["state_dict" if family.startswith("karlo") else ""]))
-        found = convert.to_flax(arrays, table)
+        found = weights.to_flax(arrays, table)
         params |= {"up": found["first"], "up_last": found["last"]} if section == "up" else {section: found}
     files.append(folder / "stats.th")
     stats = np.float32([np.arange(8), 1 + np.arange(8)])
@@ -591,17 +594,17 @@ def test_karlo_from_its_files_to_a_picture(karlo_files, tmp_path, capsys):
     assert (workdir / "samples.png").exists()
 
     # into memory: the same; and a part that reads by a CLIP is no system without it
-    found = convert.load(files, str(path))
+    found = weights.load(files, str(path))
     assert found[0] == want
     assert_equal(found[1], params)
     with pytest.raises(UserError, match="prior reads captions or pictures by a CLIP, clip; .*; pass its file too"):
-        convert.load(files[1:], str(path))
+        weights.load(files[1:], str(path))
 
     # and back
     for file, section in zip(files[1:4], ("prior", "decoder", "up"), strict=True):
         out = tmp_path / f"{section}.safetensors"
         assert command.run([str(workdir), str(out), "--to=safetensors", f"--stage={section}"]) == 0
-        before, after = weights.read(file), weights.read(out)
+        before, after = files.read(file), files.read(out)
         assert set(before) == set(after)
         for key in before:
             np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
@@ -621,18 +624,18 @@ def karlo_folder(karlo_files, tmp_path_factory):
     def written(folder, table, tree, file=published.UNET):
         flat = traverse_util.flatten_dict(tree)
         there = traverse_util.unflatten_dict({entry.path: flat[entry.path] for entry in table})
-        weights.write(root / folder / file, convert.to_torch(there, table), {})
+        files.write(root / folder / file, weights.to_torch(there, table), {})
 
     def made(make, section, **options):
         return make(nets[section].net, nets[section].shape, **options)
 
-    written("prior", made(convert.karlo.diffusers_table, "prior"), {"net": params["prior"], "stats": stats})
+    written("prior", made(weights.karlo.diffusers_table, "prior"), {"net": params["prior"], "stats": stats})
     for part in ("decoder", "text_proj"):
-        written(part, made(convert.karlo.diffusers_decoder_table, "decoder", part=part), params["decoder"])
+        written(part, made(weights.karlo.diffusers_decoder_table, "decoder", part=part), params["decoder"])
     for folder, section in (("super_res_first", "up"), ("super_res_last", "up_last")):
         written(folder, made(diffusers.table, section), params[section])
     for tower in ("text", "image"):
-        table = made(convert.clip.file_table, "clip", names="transformers", tower=tower)
+        table = made(weights.clip.file_table, "clip", names="transformers", tower=tower)
         written(f"{tower}_encoder", table, params["clip"], published.MODEL)
     return root, params
 
@@ -641,11 +644,11 @@ def test_karlo_from_the_folder_of_diffusers(karlo_files, karlo_folder, tmp_path)
     """One source, of which each sub-folder has its place; or its files in any order."""
     path, config, _, _ = karlo_files
     root, params = karlo_folder
-    assert convert.is_weights(root) and not convert.is_weights(tmp_path)
+    assert weights.is_weights(root) and not weights.is_weights(tmp_path)
     mean = [*map(float, range(8))]
     settings = {("clip", "embedding", "mean"): mean, ("clip", "embedding", "std"): [value + 1 for value in mean]}
     for sources in (root, sorted(root.glob("*/*"), reverse=True)):
-        whole, found, _ = convert.load(sources, str(path))
+        whole, found, _ = weights.load(sources, str(path))
         assert whole == published._with_settings(config, settings)
         assert_equal(found, params)
     # the published folder has no image_encoder: there the whole CLIP is a file of its own
@@ -659,12 +662,12 @@ def test_karlo_from_the_folder_of_diffusers(karlo_files, karlo_folder, tmp_path)
 def test_half_a_network_is_refused(karlo_files, karlo_folder, given, missing):
     source, section = karlo_folder[0] / given, "clip" if "encoder" in given else "decoder"
     with pytest.raises(UserError, match=f"a part of the {section} of small_karlo, and {missing} is missing; ") as error:
-        convert.match(source, model=str(karlo_files[0]))
+        weights.match(source, model=str(karlo_files[0]))
     assert str(source) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match=f"and {missing} is missing"):
-        convert.match_all([source], model=str(karlo_files[0]))
+        weights.match_all([source], model=str(karlo_files[0]))
     with pytest.raises(UserError, match=f"is one more {section}; "):
-        convert.match_all([source, source], model=str(karlo_files[0]))
+        weights.match_all([source, source], model=str(karlo_files[0]))
 
 
 def test_an_upsampler_whose_networks_come_one_by_one(karlo_files, karlo_folder, tmp_path, capsys):
@@ -675,11 +678,11 @@ def test_an_upsampler_whose_networks_come_one_by_one(karlo_files, karlo_folder, 
     assert command.run([str(workdir), str(out), "--to=safetensors", "--stage=up"]) == 2
     assert f"and there are no parameters of up_last; {workdir}; train it, or conv" in capsys.readouterr().err
     with pytest.raises(UserError, match="the last step of up is that of up_last; .*; pass its file too"):
-        convert.load(root / "super_res_first", str(karlo_files[0]))
+        weights.load(root / "super_res_first", str(karlo_files[0]))
     assert not out.exists()
     assert command.run([str(root / "super_res_last"), str(workdir), model]) == 0, capsys.readouterr().err
     assert command.run([str(workdir), str(out), "--to=safetensors", "--stage=up"]) == 0, capsys.readouterr().err
-    before, after = weights.read(karlo_files[2][3]), weights.read(out)
+    before, after = files.read(karlo_files[2][3]), files.read(out)
     assert set(before) == set(after)
     for key in before:
         np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
@@ -687,7 +690,7 @@ def test_an_upsampler_whose_networks_come_one_by_one(karlo_files, karlo_folder, 
     alone["up"]["last"] = ""
     (workdir / "config.json").write_text(json.dumps(alone))
     with pytest.raises(UserError, match="holds a network for the last step too, and up has none; .*; load it in diff"):
-        convert.export(workdir, out)
+        weights.export(workdir, out)
 
 
 def test_clips_of_other_sizes_and_programs(tmp_path, capsys):
@@ -698,16 +701,16 @@ def test_clips_of_other_sizes_and_programs(tmp_path, capsys):
                               image_size=16, patch_size=8),
         "projection_dim": 12,
     }  # fmt: skip
-    architecture = convert.clip.transformers_config(settings)
-    tables = {names: convert.clip.table(architecture.build(), names) for names in ("transformers", "openai")}
+    architecture = weights.clip.transformers_config(settings)
+    tables = {names: weights.clip.table(architecture.build(), names) for names in ("transformers", "openai")}
     rng = np.random.default_rng(0)
     shapes = torch_shapes(tables["transformers"])
     arrays = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
-    params = convert.to_flax(arrays, tables["transformers"])
+    params = weights.to_flax(arrays, tables["transformers"])
     folder = tmp_path / "my-clip"
     folder.mkdir()
-    weights.write(folder / "model.safetensors", arrays, {})
-    (tmp_path / "other.pt").write_bytes(state_dict(convert.to_torch(params, tables["openai"])))
+    files.write(folder / "model.safetensors", arrays, {})
+    (tmp_path / "other.pt").write_bytes(state_dict(weights.to_torch(params, tables["openai"])))
     (folder / "config.json").write_text(json.dumps(settings))
     for source, name in ((folder, "my-clip"), (tmp_path / "other.pt", "other")):
         workdir = tmp_path / f"run-{name}"
@@ -724,11 +727,11 @@ def test_clips_of_other_sizes_and_programs(tmp_path, capsys):
     with pytest.raises(
         UserError, match="intermediate_size=128 cannot be converted; supported: 256; .*; convert another"
     ):
-        convert.match(folder)
+        weights.match(folder)
     settings["text_config"].update(intermediate_size=256, hidden_size=128)
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="intermediate_size=256 cannot be converted"):
-        convert.match(folder)
+        weights.match(folder)
 
 
 def test_weights_of_another_kind_of_network(clip_files, small, tmp_path, monkeypatch):
@@ -739,16 +742,16 @@ def test_weights_of_another_kind_of_network(clip_files, small, tmp_path, monkeyp
         (small["base"][0], "small_classifier", "unexpected"),
     ):
         with pytest.raises(UserError, match=f"the weights do not fit {model}: .*{what}.*; pass the --model"):
-            convert.match(path, model=model)
+            weights.match(path, model=model)
     file = tmp_path / "RN50.pt"
     file.write_bytes(state_dict({"visual.attnpool.k_proj.weight": np.ones((2, 2), np.float32)}))
     with pytest.raises(UserError, match="weights of no known program"):
-        convert.match(file)
+        weights.match(file)
 
 
 def test_one_of_several_state_dicts(small, tmp_path, capsys):
     """--ema says which; the average is taken unless it does."""
-    arrays = {key: np.asarray(array) for key, array in weights.read(small["base"][0]).items()}
+    arrays = {key: np.asarray(array) for key, array in files.read(small["base"][0]).items()}
     both = {f"{part} {key}": array + i for i, part in enumerate(("ema", "model")) for key, array in arrays.items()}
 
     def nested(tensors):
@@ -771,31 +774,31 @@ def test_one_of_several_state_dicts(small, tmp_path, capsys):
 
 def test_files_straight_into_memory(small):
     base, params = small["base"]
-    config, found, step = convert.load(base, "small_guided")
+    config, found, step = weights.load(base, "small_guided")
     assert (config["stages"], config["base"]["guidance"], step) == (["base"], ["clip_denoised"], {"base": 800})
     assert_equal(found, {"base": params})
     configs.validate(configs.from_dict(config))
     with pytest.raises(UserError, match="is one more base"):
-        convert.load([base, base])
-    config, _, _ = convert.load(small["classifier"][0])
+        weights.load([base, base])
+    config, _, _ = weights.load(small["classifier"][0])
     assert stages.build_stages(config) == []
     configs.validate(configs.from_dict(config))
 
 
 def test_what_counts_as_weights(small, tmp_path):
     base = small["base"][0]
-    assert convert.is_weights(base) and convert.is_weights([base, base]) and convert.is_weights("64x64_diffusion.pt")
+    assert weights.is_weights(base) and weights.is_weights([base, base]) and weights.is_weights("64x64_diffusion.pt")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "diffusion_pytorch_model.bin").touch()
-    assert convert.is_weights(tmp_path / "model")
+    assert weights.is_weights(tmp_path / "model")
     (tmp_path / "my.py").touch()
     for other in ("adm_imagenet_64", "adm_lsun_horse:nodropout", tmp_path, tmp_path / "my.py", "configs/quickstart.py"):
-        assert not convert.is_weights(other)
+        assert not weights.is_weights(other)
 
 
 @pytest.mark.parametrize("name, step", [("ema_0.9999_540000", 540000), ("model000500", 500), ("x", 800), ("x_1", 800)])
 def test_training_step(name, step, small):
-    match = convert.match(small["base"][0], model="small_base")
+    match = weights.match(small["base"][0], model="small_base")
     assert published.training_step(match._replace(path=pathlib.Path(f"{name}.pt")), "base") == step
 
 
@@ -808,16 +811,16 @@ def test_a_file_that_is_not_the_model_that_it_is_said_to_be(small, tmp_path, cap
     assert f"; {classifier}; pass the --model" in error
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="there is no config 'small_guide'; .*did you mean small_guided"):
-        convert.match(base, model="small_guide")
+        weights.match(base, model="small_guide")
     (tmp_path / "other.pt").write_bytes(state_dict({"fc.weight": np.ones((2, 2), np.float32)}))
     with pytest.raises(UserError, match="weights of no known program; .*other.pt"):
-        convert.match(tmp_path / "other.pt")
+        weights.match(tmp_path / "other.pt")
 
 
 def test_a_model_of_ones_own(small, monkeypatch):
     """--model names a config; the section is found, and the order of attention is what the user says."""
     base, params = small["base"]
-    found = convert.match(base, model="small_guided", attention_order="new")
+    found = weights.match(base, model="small_guided", attention_order="new")
     assert ([*found.sections], found.config["name"]) == (["base"], "small_guided")
     new = parameters(found)
     place = ("unet", "mid_attention", "attention", "qkv_bias")
@@ -826,7 +829,7 @@ def test_a_model_of_ones_own(small, monkeypatch):
     assert heads > 1
     np.testing.assert_array_equal(new.reshape(-1), old.transpose(1, 0, 2).reshape(-1))
     monkeypatch.setattr(published, "PUBLISHED", ())  # so that it is told from the config alone
-    assert [*convert.match(small["classifier"][0], model="small_guided").sections] == ["classifier"]
+    assert [*weights.match(small["classifier"][0], model="small_guided").sections] == ["classifier"]
 
 
 # ---- back out --------------------------------------------------------------------------------------------------------
@@ -835,32 +838,32 @@ def test_a_model_of_ones_own(small, monkeypatch):
 def test_there_and_back_is_exact(small, tmp_path, capsys):
     workdir, out = tmp_path / "run", tmp_path / "out.safetensors"
     for section in ("base", "classifier"):
-        convert.save(convert.match(small[section][0]), workdir)
+        weights.save(weights.match(small[section][0]), workdir)
     assert command.run([str(workdir), str(out), "--to=safetensors"]) == 2
     assert "there is more than one stage" in capsys.readouterr().err
     for section, (path, params) in small.items():
         assert command.run([str(workdir), str(out), "--to=safetensors", f"--stage={section}"]) == 0
-        before, after = weights.read(path), weights.read(out)
+        before, after = files.read(path), files.read(out)
         assert set(before) == set(after)
         for key in before:
             np.testing.assert_array_equal(np.asarray(after[key]), np.asarray(before[key]), strict=True)
-        found = convert.match(out, model=f"small_{section}")
+        found = weights.match(out, model=f"small_{section}")
         assert_equal(parameters(found), params)
     with pytest.raises(UserError, match="checkpoint has no EMA 0.5; it has 0.995"):
-        convert.export(workdir, out, stage="base", decay="0.5")
+        weights.export(workdir, out, stage="base", decay="0.5")
 
 
 def test_one_of_several_averages(small, tmp_path):
     """What --ema names is written, else the first that the config has; and the step is told."""
     workdir, out = tmp_path / "run", tmp_path / "out.safetensors"
     path, params = small["base"]
-    convert.save(convert.match(path), workdir)
+    weights.save(weights.match(path), workdir)
     ema = {decay: jax.tree.map(lambda a, i=i: a + np.float32(i), params) for i, decay in enumerate(("0.9", "0.995"))}
     with checkpoint.Checkpoints(workdir / "base" / "checkpoints") as checkpoints:
         checkpoints.save(900, {"params": params}, ema=ema, meta={})
     for decay, want in ((None, "0.995"), ("0.9", "0.9"), ("0.995", "0.995")):
-        assert convert.export(workdir, out, decay=decay) == 900
-        found = convert.match(out, model="small_base")
+        assert weights.export(workdir, out, decay=decay) == 900
+        found = weights.match(out, model="small_base")
         assert_equal(parameters(found), ema[want])
 
 
@@ -896,14 +899,14 @@ def diffusers_folder(folder, *, scheduler=SCHEDULER, arrays=None, suffix=".safet
         (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
     arrays = golden.parameters(meta) if arrays is None else arrays
     path = folder / f"diffusion_pytorch_model{suffix}"
-    path.write_bytes(state_dict(arrays)) if suffix == ".bin" else weights.write(path, arrays, {})
+    path.write_bytes(state_dict(arrays)) if suffix == ".bin" else files.write(path, arrays, {})
     return folder
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_a_folder_of_diffusers(tmp_path, suffix):
     folder = diffusers_folder(tmp_path / "ddpm-small", suffix=suffix)
-    config, params, _ = convert.load(folder)
+    config, params, _ = weights.load(folder)
     base = config["base"]
     assert (config["name"], base["shape"], base["variance"]) == ("ddpm-small", [16, 16, 3], "fixed_large")
     assert (base["schedule"]["steps"], base["schedule"]["name"]) == (500, "linear")
@@ -923,8 +926,8 @@ def test_a_folder_becomes_a_workdir(tmp_path):
     renamed = {functools.reduce(lambda k, new: k.replace(new, old[new]), old, key): a for key, a in arrays.items()}
     assert set(renamed) != set(arrays)
     folder = diffusers_folder(tmp_path / "x" / "unet", scheduler=None, arrays=renamed)
-    found = convert.match(folder.parent)
-    config = convert.save(found, tmp_path / "run")
+    found = weights.match(folder.parent)
+    config = weights.save(found, tmp_path / "run")
     assert (config["base"]["variance"], config["base"]["schedule"]["steps"]) == ("fixed_small", 1000)
     loaded = pipeline.load(tmp_path / "run")
     assert_equal(loaded.params["base"], parameters(found))
@@ -943,7 +946,7 @@ def test_a_folder_becomes_a_workdir(tmp_path):
 )
 def test_folders_that_are_refused(tmp_path, changes, match):
     with pytest.raises(UserError, match=match) as error:
-        convert.match(diffusers_folder(tmp_path / "a", **changes))
+        weights.match(diffusers_folder(tmp_path / "a", **changes))
     assert "\n" not in str(error.value)
 
 
@@ -951,20 +954,20 @@ def test_folders_that_are_not_complete(tmp_path):
     folder = diffusers_folder(tmp_path / "a")
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read config.json"):
-        convert.match(folder)
+        weights.match(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds no settings"):
-        convert.match(folder)
+        weights.match(folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="there is no diffusion_pytorch_model.safetensors or .bin, and no model.safet"):
-        convert.match(folder)
-    weights.write(folder / "model.safetensors", {"visual_projection.weight": np.ones((2, 2), np.float32)}, {})
-    assert convert.is_weights(folder)
+        weights.match(folder)
+    files.write(folder / "model.safetensors", {"visual_projection.weight": np.ones((2, 2), np.float32)}, {})
+    assert weights.is_weights(folder)
     with pytest.raises(UserError, match="config.json holds no settings"):
-        convert.match(folder)
+        weights.match(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="of no model that was published; .*model.safetensors; pass --model"):
-        convert.match(folder)
+        weights.match(folder)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -973,7 +976,7 @@ def test_folders_that_are_not_complete(tmp_path):
 def test_the_list(capsys):
     assert command.run(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(convert.PUBLISHED)
+    assert len(lines) == 1 + len(weights.PUBLISHED)
     row = next(line.split() for line in lines if line.startswith("64x64_diffusion.pt"))
     assert row[1:4] == ["295,904,454", "adm_imagenet_64", "base"] and row[4].endswith("/diffusion/jul-2021")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffax.errors import RunError, UserError
-from diffax.reporting import Reporter, duration, read_metrics
+from diffax.training.reporting import Reporter, duration, read_metrics
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import guidance, process, samplers, schedules
+from diffax.diffusion import guidance, process, samplers, schedules
 
 MEAN, STD = 0.3, 0.5
 CHAIN = schedules.discrete(schedules.cosine_betas(1000))

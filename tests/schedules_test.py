@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import schedules
+from diffax.diffusion import schedules
 
 
 def reference(betas):

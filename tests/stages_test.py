@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import config, schedules, stages
+from diffax import config
+from diffax.diffusion import schedules
+from diffax.models import stages
 from tests import micro
 
 

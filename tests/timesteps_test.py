@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import timesteps
+from diffax.diffusion import timesteps
 
 
 def draw(sampler, n, state=None, seed=0):

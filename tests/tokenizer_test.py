@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler
 import numpy as np
 import pytest
 
-from diffax import tokenizer
+from diffax.conditions import tokenizer
 from diffax.data import archives, shapes
 from diffax.errors import UserError
 from tests.parity import golden

@@ -17,9 +17,10 @@ import numpy as np
 import optax
 import pytest
 
-from diffax import checkpoint, config, reporting, train
+from diffax import config
 from diffax.errors import RunError, UserError
-from diffax.stages import Objective
+from diffax.models.stages import Objective
+from diffax.training import checkpoint, loop, reporting
 
 
 def regression(poison=None) -> Objective:
@@ -72,11 +73,11 @@ def batches(first, bad=()):
 
 
 def make(mode="pmap", poison=None, **changes):
-    return train.Run(regression(poison), section(**changes), seed=0, mode=mode)
+    return loop.Run(regression(poison), section(**changes), seed=0, mode=mode)
 
 
 def fit(run, workdir, **kwargs):
-    return train.fit(run, workdir, batches=kwargs.pop("batches", batches), **kwargs)
+    return loop.fit(run, workdir, batches=kwargs.pop("batches", batches), **kwargs)
 
 
 def final_state(run, workdir):
@@ -142,7 +143,7 @@ def test_microbatches_are_averaged():
         for accumulate in (1, 4):
             run = make(mode, accumulate=accumulate)
             state = run.create()
-            batch = train.parallel.put(run.where, next(batches(0)))
+            batch = loop.parallel.put(run.where, next(batches(0)))
             state, metrics = run.step(state, batch)
             states.append((state.params, state.extra, metrics["loss"], metrics["place"]))
         chex.assert_trees_all_close(*states, rtol=1e-5, atol=1e-6)
@@ -156,7 +157,7 @@ def test_one_step_equals_numpy():
     batch = next(batches(0))
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(state.rng, 0), i))(jnp.arange(16))
     noise = np.asarray(jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys), np.float64)
-    state, metrics = run.step(state, train.parallel.put(run.where, batch))
+    state, metrics = run.step(state, loop.parallel.put(run.where, batch))
     (params, ema) = jax.device_get((state.params, state.ema))
     w, x = before[0]["w"].astype(np.float64), batch["image"] + 0.1 * noise
     residual = x @ w - batch["label"][:, None]
@@ -176,7 +177,7 @@ def test_clipping_comes_after_the_mean_over_devices():
     updates = []
     for mode in ("pmap", "jit"):
         run = make(mode, clip=1e-3, eps=1.0, warmup_steps=0)
-        state, _ = run.step(run.create(), train.parallel.put(run.where, next(batches(0))))
+        state, _ = run.step(run.create(), loop.parallel.put(run.where, next(batches(0))))
         updates.append(state.params)
     chex.assert_trees_all_close(*updates, rtol=1e-6, atol=1e-8)
 
@@ -184,17 +185,17 @@ def test_clipping_comes_after_the_mean_over_devices():
 def test_learning_rate():
     c = section(learning_rate=2.0, warmup_steps=10, steps=100)["train"]
     for anneal, late in (("none", 2.0), ("linear", 1.0), ("cosine", 1.0)):
-        rate = train.learning_rate(c | {"anneal": anneal})
+        rate = loop.learning_rate(c | {"anneal": anneal})
         np.testing.assert_allclose(rate(0), 0)
         np.testing.assert_allclose(rate(50), late, rtol=1e-6)
-    assert float(train.learning_rate(c | {"anneal": "linear"})(100)) == 0
+    assert float(loop.learning_rate(c | {"anneal": "linear"})(100)) == 0
 
 
 def test_a_text_transformer_may_learn_more_slowly():
     params = {"text": {"block": np.ones(3), "proj": np.ones(3)}, "conv": {"kernel": np.ones(3)}}
     updates = {}
     for rate in (1.0, 0.25):
-        tx = train.optimizer(section(text_rate=rate, warmup_steps=0)["train"])
+        tx = loop.optimizer(section(text_rate=rate, warmup_steps=0)["train"])
         updates[rate], _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
     expected = {**updates[1.0], "text": {**updates[1.0]["text"], "block": updates[1.0]["text"]["block"] / 4}}
     chex.assert_trees_all_close(updates[0.25], expected)
@@ -205,7 +206,7 @@ def test_ema_warmup_forgets_the_start():
     run = make("jit", ema=[0.9999], ema_warmup=True)
     state = run.create()
     for batch in itertools.islice(batches(0), 8):
-        state, _ = run.step(state, train.parallel.put(run.where, batch))
+        state, _ = run.step(state, loop.parallel.put(run.where, batch))
     moved = np.abs(state.ema["0.9999"]["b"]).max()
     assert moved > 0.2 * np.abs(state.params["b"]).max()
 
@@ -217,7 +218,7 @@ def test_the_step_compiles_once():
     @chex.assert_max_traces(n=1)
     def step(state, batch):
         rate = optax.constant_schedule(1.0)
-        return train.train_step(state, batch, objective=regression(), tx=run.tx, schedule=rate)
+        return loop.train_step(state, batch, objective=regression(), tx=run.tx, schedule=rate)
 
     state = run.create()
     for batch in itertools.islice(batches(0), 3):
@@ -226,15 +227,15 @@ def test_the_step_compiles_once():
 
 def test_what_compiling_left_behind_is_given_back_once(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(train.parallel, "trim_memory", lambda: calls.append(1))
+    monkeypatch.setattr(loop.parallel, "trim_memory", lambda: calls.append(1))
     fit(make(steps=3), tmp_path)
     assert calls == [1]
 
 
 def test_memory_is_trimmed_where_the_c_library_can(monkeypatch):
-    train.parallel.trim_memory()
-    monkeypatch.setattr(train.parallel.ctypes, "CDLL", lambda _: object())  # one without malloc_trim
-    train.parallel.trim_memory()
+    loop.parallel.trim_memory()
+    monkeypatch.setattr(loop.parallel.ctypes, "CDLL", lambda _: object())  # one without malloc_trim
+    loop.parallel.trim_memory()
 
 
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
@@ -242,7 +243,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, mode, 
     run = make(mode, poison=True)
     state = run.create()
     before = jax.device_get(state.replace(rng=0))
-    state, metrics = run.step(state, train.parallel.put(run.where, next(batches(0, bad=[0]))))
+    state, metrics = run.step(state, loop.parallel.put(run.where, next(batches(0, bad=[0]))))
     after = jax.device_get(state.replace(rng=0))
     assert (after.step, after.skipped) == (1, 1) and metrics["finite"][0] == 0
     chex.assert_trees_all_equal(before.replace(step=0, skipped=0), after.replace(step=0, skipped=0))
@@ -270,7 +271,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
 
     whole, cut = make(), make()
     fit(whole, tmp_path / "whole")
-    with pytest.raises(train.Preempted, match="preempted at step .: saved; rerun the same command"):
+    with pytest.raises(loop.Preempted, match="preempted at step .: saved; rerun the same command"):
         fit(cut, tmp_path / "cut", batches=interrupting)
     fit(cut, tmp_path / "cut")
     chex.assert_trees_all_equal(final_state(whole, tmp_path / "whole"), final_state(cut, tmp_path / "cut"))

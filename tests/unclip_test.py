@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffax import codes, conditioning, convert, guidance, models, process, samplers, schedules
-from diffax.convert import karlo
+from diffax import networks, weights
+from diffax.diffusion import augment, guidance, process, samplers, schedules
+from diffax.models import codes
+from diffax.weights import karlo
 from tests.models_test import drawn
 from tests.parity import golden
 from tests.parity.diffusion import Chain
@@ -29,7 +31,7 @@ def nchw(a):
 def network_of(constructor, model, params, *, prefix="", image_size=8):
     architecture = karlo.net_config(constructor, model=model, image_size=image_size)
     network = architecture.build()
-    return network, convert.to_flax(params, karlo.table(network, architecture.shape, prefix=prefix))
+    return network, weights.to_flax(params, karlo.table(network, architecture.shape, prefix=prefix))
 
 
 def told(inputs, rows=slice(None)):
@@ -51,7 +53,7 @@ def prior(meta, inputs, params):
 def diffusers_prior(meta, inputs, params):
     architecture = karlo.diffusers_net_config(meta["config"])
     network = architecture.build()
-    params = convert.to_flax(params, karlo.diffusers_table(network, architecture.shape))
+    params = weights.to_flax(params, karlo.diffusers_table(network, architecture.shape))
     y = jax.jit(network.apply)({"params": params["net"]}, inputs["x"], clock(inputs), told(inputs))
     return {"y": y, "post_process_latents": y * params["stats"]["std"] + params["stats"]["mean"]}
 
@@ -113,7 +115,7 @@ def decoder(meta, inputs, params):
 def decoder_sampling(meta, inputs, params):
     network, params = network_of(meta["config"]["unet"], "Text2ImModel", params, prefix="model.")
     given = told(inputs, slice(1)) | {"image_embedding": jnp.asarray(inputs["img_feat"])}
-    null = models.null_conditions(network) | told(inputs, slice(1, 2))
+    null = networks.null_conditions(network) | told(inputs, slice(1, 2))
     noise, got = nhwc(inputs["noise"]), {}
     for respacing in meta["config"]["timestep_respacings"]:
         chain = chain_of(meta["config"]["diffusion"], respacing, "eps", "learned_range")
@@ -142,7 +144,7 @@ def upsampler_sampling(meta, inputs, params):
         meta["config"]["model"], model="ImprovedSupRes64to256ProgressiveModel", image_size=8
     )
     network = architecture.build()
-    params = convert.to_flax(params, karlo.upsampler_table(network, architecture.shape))
+    params = weights.to_flax(params, karlo.upsampler_table(network, architecture.shape))
     diffusion = meta["config"]["diffusion"]
     chain = chain_of(diffusion, diffusion["timestep_respacing"], "eps", "fixed_small")
     noise, low_res = nhwc(inputs["noise"]), nhwc(inputs["low_res"])
@@ -282,8 +284,8 @@ def torch_shapes(table):
 def test_round_trip_is_exact(kind):
     table, rng = small_table(kind), np.random.default_rng(0)
     state_dict = {key: rng.standard_normal(shape, np.float32) for key, shape in torch_shapes(table).items()}
-    params = convert.to_flax(state_dict, table)
-    back = convert.to_torch(params, table)
+    params = weights.to_flax(state_dict, table)
+    back = weights.to_torch(params, table)
     assert set(back) == set(state_dict)
     for key, value in state_dict.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
@@ -306,7 +308,7 @@ def test_the_tokens_of_an_image_embedding_by_hand():
     rows = np.arange(24 * 4, dtype=np.float32)
     state_dict["clip_tok_proj.bias"] = rows
     state_dict["clip_tok_proj.weight"] = np.tile(rows[:, None], (1, 6))
-    tokens = convert.to_flax(state_dict, table)["image_embedding"]["tokens"]
+    tokens = weights.to_flax(state_dict, table)["image_embedding"]["tokens"]
     token, channel = np.indices((4, 24))
     np.testing.assert_array_equal(tokens["bias"], channel * 4 + token)
     np.testing.assert_array_equal(tokens["kernel"], np.broadcast_to(channel * 4 + token, (6, 4, 24)))
@@ -335,7 +337,7 @@ def test_more_refusals():
         karlo.diffusers_net_config(dict(embedding_proj_norm_type="layer"))
     with pytest.raises(ValueError, match="spam=1 cannot be converted; this option is unknown"):
         karlo.diffusers_net_config(dict(spam=1, _class_name="PriorTransformer"))
-    network = models.build(dict(width=16, layers=1, heads=2, name="prior", text=dict(vocab_size=9, length=4)),
+    network = networks.build(dict(width=16, layers=1, heads=2, name="prior", text=dict(vocab_size=9, length=4)),
                            shape=(6,), takes=("text",), out_channels=6)  # fmt: skip
     with pytest.raises(ValueError, match="karlo's networks have no text/token/embedding"):
         karlo.table(network, (6,))
@@ -360,13 +362,13 @@ CLOCK = jnp.array([3.0, 500.0, 999.0])
 
 
 def prior_of(layout, **net):
-    return models.build(SMALL | net, shape=(D,), takes=LAYOUTS[layout], out_channels=D)
+    return networks.build(SMALL | net, shape=(D,), takes=LAYOUTS[layout], out_channels=D)
 
 
 @functools.cache
 def prior_case(layout):
     network = prior_of(layout)
-    params = drawn(network, *models.example_inputs(network, (D,)))
+    params = drawn(network, *networks.example_inputs(network, (D,)))
     return network, params, jax.jit(network.apply)
 
 
@@ -385,7 +387,7 @@ def captions(layout):
 
 
 def withheld(network, cond):
-    return {name: jnp.full_like(cond[name], null) for name, null in models.null_conditions(network).items()}
+    return {name: jnp.full_like(cond[name], null) for name, null in networks.null_conditions(network).items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -440,7 +442,7 @@ def test_padding_says_nothing():
 def test_the_prior_is_a_denoiser_of_vectors():
     """Noised, trained, guided, clipped and sampled by the functions that serve pictures."""
     network, params, _ = prior_case("karlo")
-    cond, null = captions("karlo"), models.null_conditions(network)
+    cond, null = captions("karlo"), networks.null_conditions(network)
     chain = Chain(dict(steps=40, noise_schedule="cosine", timestep_respacing="5", model_mean_type="x0"))
 
     def net_of(params):
@@ -463,7 +465,7 @@ def test_the_prior_is_a_denoiser_of_vectors():
             samplers.ddpm(),
             **cond,
         )
-        dropped = conditioning.drop(cond, keys, rate=1.0, null=null)
+        dropped = augment.drop(cond, keys, rate=1.0, null=null)
         return made, one, dropped
 
     made, one, dropped = both(params)
@@ -478,7 +480,7 @@ def test_contexts_encoded_once_can_be_guided():
     network, params, _ = prior_case("karlo")
     z, cond = normal(0, 3, D), captions("karlo")
     chain = Chain(dict(steps=40, noise_schedule="cosine", model_mean_type="x0"))
-    step, null = chain.at([3, 20, 39]), models.null_conditions(network)
+    step, null = chain.at([3, 20, 39]), networks.null_conditions(network)
     encode = functools.partial(network.apply, params, z=z, method="encode_conditions")
     plain = denoiser(network, params["params"], chain)
 
@@ -522,7 +524,7 @@ def test_prior_options_change_what_they_say():
 )
 def test_bad_options(net, shape, takes, match):
     with pytest.raises(ValueError, match=match):
-        models.build(SMALL | net, shape=shape, takes=takes, out_channels=6)
+        networks.build(SMALL | net, shape=shape, takes=takes, out_channels=6)
 
 
 @pytest.mark.parametrize(
@@ -551,8 +553,8 @@ READS = ("image_embedding", "text_embedding", "text_features")
 
 @functools.cache
 def decoder_case():
-    network = models.build(UNET, shape=SHAPE, takes=READS, out_channels=6)
-    return network, drawn(network, *models.example_inputs(network, SHAPE)), jax.jit(network.apply)
+    network = networks.build(UNET, shape=SHAPE, takes=READS, out_channels=6)
+    return network, drawn(network, *networks.example_inputs(network, SHAPE)), jax.jit(network.apply)
 
 
 def decoder_inputs():
@@ -595,7 +597,7 @@ def test_the_decoder_reads_the_text_in_two_places_and_no_padding():
 def test_a_withheld_image_embedding_is_the_learned_one():
     network, params, apply = decoder_case()
     z, cond = decoder_inputs()
-    assert {name for name, null in models.null_conditions(network).items() if math.isnan(null)} == set(READS)
+    assert {name for name, null in networks.null_conditions(network).items() if math.isnan(null)} == set(READS)
     learned = params["params"]["image_embedding"]["null"]
     assert np.abs(learned).min() > 0
     gone = cond["image_embedding"].at[1].set(jnp.nan)
@@ -606,7 +608,7 @@ def test_a_withheld_image_embedding_is_the_learned_one():
 
 def test_a_mask_hides_what_a_shorter_sequence_does_not_have():
     """The attention of a U-Net by itself: key 0 and 2 of a sequence, or those alone."""
-    block = models.layers.AttentionBlock(models.layers.Style(groups=4), heads=2)
+    block = networks.layers.AttentionBlock(networks.layers.Style(groups=4), heads=2)
     x, sequence = normal(7, 2, 4, 4, 8), normal(8, 2, 3, 5)
     params, apply = drawn(block, x, sequence), jax.jit(block.apply)
     mask = jnp.array([[True, False, True], [False, False, False]])
@@ -617,11 +619,11 @@ def test_a_mask_hides_what_a_shorter_sequence_does_not_have():
 
 
 def test_masks_of_several_sequences_are_joined():
-    whole = models.Context(sequence=jnp.zeros((2, 3, 4)))
-    masked = models.Context(sequence=jnp.ones((2, 2, 4)), mask=jnp.array([[True, False], [True, True]]))
-    joined = models.merge([whole, models.Context(vector=jnp.ones((2, 1))), masked])
+    whole = networks.Context(sequence=jnp.zeros((2, 3, 4)))
+    masked = networks.Context(sequence=jnp.ones((2, 2, 4)), mask=jnp.array([[True, False], [True, True]]))
+    joined = networks.merge([whole, networks.Context(vector=jnp.ones((2, 1))), masked])
     np.testing.assert_array_equal(joined.mask, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-    assert models.merge([whole, whole]).mask is None
+    assert networks.merge([whole, whole]).mask is None
 
 
 def keys_kernel(x):
@@ -638,9 +640,9 @@ def test_bicubic_against_float64():
     weights /= weights.sum(1, keepdims=True)
     picture = np.asarray(normal(9, 1, small, small, 3), np.float64)
     want = np.einsum("yi,xj,bijc->byxc", weights, weights, picture)
-    low_res = models.LowRes("bicubic").apply({}, jnp.asarray(picture, jnp.float32), jnp.zeros((1, size, size, 3)))
+    low_res = networks.LowRes("bicubic").apply({}, jnp.asarray(picture, jnp.float32), jnp.zeros((1, size, size, 3)))
     np.testing.assert_allclose(low_res.planes, want, atol=2e-6)
-    bilinear = models.LowRes().apply({}, jnp.asarray(picture, jnp.float32), jnp.zeros((1, size, size, 3)))
+    bilinear = networks.LowRes().apply({}, jnp.asarray(picture, jnp.float32), jnp.zeros((1, size, size, 3)))
     assert np.abs(bilinear.planes - want).max() > 0.05
 
 
@@ -658,14 +660,14 @@ def code_case():
     It reads captions twice, as its own tokens and as CLIP's features, whose padding is masked.
     """
     takes = ("text", "text_features", "text_embedding", "similarity")
-    network = models.build(CODES, shape=(N,), takes=takes, num_classes=BUCKETS, out_channels=K)
-    params = drawn(network, *models.example_inputs(network, (N,)))["params"]
+    network = networks.build(CODES, shape=(N,), takes=takes, num_classes=BUCKETS, out_channels=K)
+    params = drawn(network, *networks.example_inputs(network, (N,)))["params"]
     cond = captions("karlo") | captions("paper") | {"similarity": jnp.array([7, 5, 0])}
 
     @jax.jit
     def encode(cond):
         contexts = network.apply({"params": params}, cond, jnp.zeros((3, N)), method="encode_conditions")
-        return models.merge([contexts[name] for name in takes])
+        return networks.merge([contexts[name] for name in takes])
 
     apply = jax.jit(lambda codes, cond: network.apply({"params": params}, codes, None, cond))
     return network, params["code_prior"], cond, apply, encode(cond), encode(withheld(network, cond))
@@ -691,7 +693,7 @@ def test_a_code_depends_on_those_before_it():
 def test_the_code_prior_reads_all_that_it_is_told():
     network, _, cond, apply, _, _ = code_case()
     want = apply(rows(), cond)
-    assert models.null_conditions(network)["similarity"] == BUCKETS
+    assert networks.null_conditions(network)["similarity"] == BUCKETS
     for name, null in withheld(network, cond).items():
         got = apply(rows(), cond | {name: null})
         assert np.isfinite(got).all() and np.abs(got - want).max() > 1e-2, name
@@ -721,7 +723,7 @@ def test_sampled_codes_are_those_of_the_uncached_network(temperature):
 
     @jax.jit
     def run(scale):
-        sample = functools.partial(models.sample_codes, network.unet, params, temperature=temperature)
+        sample = functools.partial(networks.sample_codes, network.unet, params, temperature=temperature)
         # of the first row by itself and unguided, too
         alone = sample(jax.tree.map(lambda a: a[:1], context), keys[:1])
         return sample(context, keys, withheld=without, scale=scale), alone
@@ -829,8 +831,8 @@ BLOCKS = 24 * (12 * 2048**2 + 13 * 2048)  # of a text encoder
 
 def size_of(net, shape, takes, out_channels, num_classes=0):
     """{part of the network: number of its parameters}, without making any."""
-    network = models.build(net, shape=shape, takes=takes, out_channels=out_channels, num_classes=num_classes)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *models.example_inputs(network, shape))["params"]
+    network = networks.build(net, shape=shape, takes=takes, out_channels=out_channels, num_classes=num_classes)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *networks.example_inputs(network, shape))["params"]
     return {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from diffax.convert import weights
 from diffax.errors import UserError
+from diffax.weights import files as weights
 from tests.torch_files import archive, call, name, program, state_dict, storage, tensor, value
 
 FOLDER = pathlib.Path(__file__).parent / "weights"

@@ -64,8 +64,8 @@ def batches(
       low_res: the `low_res` section of a stage: also yield the picture `factor` times smaller, as a JPEG of a quality
         drawn from the range `jpeg` would show it; or made worse as `degrade` says, then of a window of `crop` pixels if
         there is one, as 'image' is too.
-      tokenize: captions -> int32 [n, length] (see `diffax.tokenizer`): also yield them as 'text'. Data without captions
-        are captioned by the names of their classes.
+      tokenize: captions -> int32 [n, length] (see `diffax.conditions.tokenizer`): also yield them as 'text'. Data
+        without captions are captioned by the names of their classes.
 
     Yields:
       'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, the record

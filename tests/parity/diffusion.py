@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import guidance, losses, process, samplers, schedules, timesteps
-from diffax.schedules import NoiseLevel
+from diffax.diffusion import guidance, losses, process, samplers, schedules, timesteps
+from diffax.diffusion.schedules import NoiseLevel
 
 BETAS = {
     "linear": schedules.linear_betas,

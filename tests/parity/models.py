@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import convert, guidance, process, samplers
-from diffax.models import null_conditions, sinusoid
+from diffax import weights
+from diffax.diffusion import guidance, process, samplers
+from diffax.networks import null_conditions, sinusoid
 from tests.parity.diffusion import Chain
 
 
@@ -21,7 +22,7 @@ def load(architecture, table_of, params):
     """(network, parameters, table) of a published model."""
     network = architecture.build()
     table = table_of(network, architecture.shape)
-    return network, convert.to_flax(params, table), table
+    return network, weights.to_flax(params, table), table
 
 
 def supported(translate, *args, **kwargs):
@@ -40,10 +41,10 @@ def openai(model, meta, inputs, params):
     config = {k: v for k, v in meta["config"].items() if k not in extras}
     # a classifier is bound to the size it was made for, a U-Net is not
     size = None if model == "EncoderUNetModel" else inputs["x"].shape[2]
-    architecture = supported(convert.openai.net_config, config, model=model, image_size=size)
+    architecture = supported(weights.openai.net_config, config, model=model, image_size=size)
 
     def table_of(network, shape):
-        return convert.openai.table(network, shape, attention_order=architecture.attention_order)
+        return weights.openai.table(network, shape, attention_order=architecture.attention_order)
 
     return load(architecture, table_of, params)
 
@@ -75,7 +76,7 @@ def loss_grad(meta, inputs, params):
         return jnp.mean((y - target) ** 2)
 
     value, (grads, grad_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, nhwc(inputs["x"]))
-    grads = convert.to_torch(grads, table)
+    grads = weights.to_torch(grads, table)
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
     chosen = {f"grad.{key}": grads[key] for key in meta["config"]["grads_of"]}
     return {"loss": np.asarray(value), "grad_x": nchw(grad_x), "grad_norm": np.asarray(norm)} | chosen
@@ -97,11 +98,11 @@ def classifier(meta, inputs, params):
 def diffusers_unet(meta, inputs, params):
     config = meta["config"]
     size = inputs["x"].shape[2:]
-    architecture = supported(convert.diffusers.net_config, config, image_size=tuple(size))
+    architecture = supported(weights.diffusers.net_config, config, image_size=tuple(size))
 
     def table_of(network, shape):
         flip = config.get("flip_sin_to_cos", True)
-        return convert.diffusers.table(network, shape, flip_sin_to_cos=flip)
+        return weights.diffusers.table(network, shape, flip_sin_to_cos=flip)
 
     network, params, _ = load(architecture, table_of, params)
     time = jnp.broadcast_to(clock(inputs), inputs["x"].shape[:1])
@@ -131,11 +132,11 @@ def diffusers_decoder(meta, inputs, params):
         use_scale_shift_norm=True,
         resblock_updown=True,
     )
-    architecture = convert.karlo.net_config(constructor, model="PLMImUNet", image_size=unet["sample_size"])
+    architecture = weights.karlo.net_config(constructor, model="PLMImUNet", image_size=unet["sample_size"])
 
     def table_of(network, shape):
         parts = ("decoder", "text_proj")
-        return [entry for part in parts for entry in convert.karlo.diffusers_decoder_table(network, shape, part=part)]
+        return [entry for part in parts for entry in weights.karlo.diffusers_decoder_table(network, shape, part=part)]
 
     network, params, _ = load(architecture, table_of, params)
     image = jnp.full_like(jnp.asarray(inputs["text_emb"]), jnp.nan).at[-len(inputs["image_emb"]) :]
@@ -155,10 +156,10 @@ def diffusers_super_res(meta, inputs, params):
         channels_multiple=[width // channels[0] for width in channels],
         dropout=0.0,
     )
-    architecture = convert.karlo.net_config(
+    architecture = weights.karlo.net_config(
         constructor, model="ImprovedSupRes64to256ProgressiveModel", image_size=inputs["x"].shape[2]
     )
-    network, params, _ = load(architecture, convert.diffusers.table, params)
+    network, params, _ = load(architecture, weights.diffusers.table, params)
     y = jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), clock(inputs), conditions(inputs))
     return {"y": nchw(y)}
 
@@ -166,8 +167,8 @@ def diffusers_super_res(meta, inputs, params):
 def glide(model, config, inputs, params):
     """(network, parameters) of one of GLIDE's classes."""
     size = inputs["x"].shape[2]
-    architecture = supported(convert.glide.net_config, config, model=model, image_size=size)
-    network, params, _ = load(architecture, convert.glide.table, params)
+    architecture = supported(weights.glide.net_config, config, model=model, image_size=size)
+    network, params, _ = load(architecture, weights.glide.table, params)
     return network, {"params": params}
 
 
@@ -261,4 +262,4 @@ RUNNERS = {
     "diffusers.UNet2DModel": diffusers_unet,
     "diffusers.UNet2DConditionModel": diffusers_decoder,
     "diffusers.UNet2DModel.super_res": diffusers_super_res,
-} | {f"glide.{model}": text_to_image(model) for model in convert.glide.MODELS}
+} | {f"glide.{model}": text_to_image(model) for model in weights.glide.MODELS}

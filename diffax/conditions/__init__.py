@@ -1,0 +1,1 @@
+"""Conditions: what a model is told besides its noise level."""

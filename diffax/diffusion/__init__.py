@@ -1,0 +1,1 @@
+"""The mathematics of diffusion; it needs JAX and NumPy alone."""
