@@ -27,7 +27,7 @@ ROOMS = {
     "__init__": 10,
 }
 # Imports that go upwards; each waits for its room.
-UPWARDS = {("models", "config"), ("models", "training"), ("config", "conditions"), ("tools", "main"), ("config", "diffusion")}
+UPWARDS = {("weights", "training"), ("models", "config"), ("models", "training"), ("config", "conditions"), ("tools", "main"), ("config", "diffusion")}
 NOWHERE = {"tensorflow", "torch", "jaxtyping", "clu", "dill", "cloudpickle"}
 # Third-party packages and the rooms that alone may import them.
 ONLY_IN = {
