@@ -178,7 +178,7 @@ def _loose(values: Mapping[str, Any]) -> ConfigDict:
 
 # ---- finding components ---------------------------------------------------------------------------------------------
 
-# Where diffax's own components of a kind live; all modules of the package are looked through.
+# Where diffax's own components of a kind live; of a package all modules are looked through.
 HOMES = {
     "model": "diffax.models",
     "network": "diffax.networks",
@@ -190,8 +190,8 @@ HOMES = {
     "sampler": "diffax.diffusion",
     "guidance": "diffax.models",
     "data": "diffax.data",
-    "optimizer": "diffax.training",
-    "evaluation": "diffax.evaluation",
+    "optimizer": "diffax.training.optimizer",
+    "evaluation": "diffax.evaluation.classifiers",
 }
 _REGISTRY: dict[tuple[str, str], Callable] = {}
 
@@ -209,7 +209,7 @@ def component(kind: str, name: str) -> Callable[[Callable], Callable]:
 @functools.cache
 def _look_through(package: str) -> None:
     module = importlib.import_module(package)
-    for found in pkgutil.iter_modules(module.__path__):
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
         if not found.name.startswith("_"):
             importlib.import_module(f"{package}.{found.name}")
 

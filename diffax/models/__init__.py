@@ -1,1 +1,1 @@
-"""Models: networks and diffusion together."""
+"""Models: networks and diffusion together, behind one small protocol (see `diffax.models.base`)."""

@@ -1,12 +1,14 @@
-"""CLIP (Radford et al. 2021) and the noised CLIP that guides GLIDE (Nichol et al. 2021) (floor 0)."""
+"""CLIP (Radford et al. 2021) and the noised CLIP that guides GLIDE (Nichol et al. 2021)."""
 
 import math
 from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.components import RUNTIME, WIRED, Group, In, Length, component
 from diffax.networks.layers import (
     ACTIVATIONS,
     REMATS,
@@ -246,13 +248,13 @@ def build(options: Mapping, shape: tuple[int, int, int]) -> CLIP:
         choose(dict.fromkeys([*shared, *towers]), key, "net option")
     shared |= options
     for key, names in {"activation": ACTIVATIONS, "dtype": DTYPES, "remat": REMATS}.items():
-        choose(dict.fromkeys(names), shared[key], f"net.{key}")
+        choose(dict.fromkeys(names), shared[key], f"{key}")
     shared["style"] = Style(dtype=shared.pop("dtype"))
     encoders = {}
     for name, (module, given) in towers.items():
         fields = {*module.__dataclass_fields__} - {"parent", "name", *shared, *given}
         for key in own[name]:
-            choose(dict.fromkeys(sorted(fields)), key, f"net.{name} option")
+            choose(dict.fromkeys(sorted(fields)), key, f"{name} option")
         values = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in own[name].items()}
         encoders[name] = module(**values, **shared, **given)
     network = CLIP(**encoders)
@@ -264,29 +266,114 @@ def _check(network: CLIP) -> None:
     """Raises a ValueError if the options of `network` do not fit together."""
     image, text = network.image, network.text
     at_least_1 = {
-        "net.features": image.features,
-        "net.image.patch": image.patch,
-        "net.text.vocab_size": text.vocab_size,
-        "net.text.length": text.length,
+        "features": image.features,
+        "image.patch": image.patch,
+        "text.vocab_size": text.vocab_size,
+        "text.length": text.length,
     }
     for name, tower in (("image", image), ("text", text)):
-        at_least_1 |= {f"net.{name}.{key}": getattr(tower, key) for key in ("width", "layers", "heads")}
+        at_least_1 |= {f"{name}.{key}": getattr(tower, key) for key in ("width", "layers", "heads")}
     for name, value in at_least_1.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     for name, tower in (("image", image), ("text", text)):
         if tower.width % tower.heads:
             raise ValueError(
-                f"net.{name}.heads {tower.heads} does not divide net.{name}.width {tower.width}; change one of them"
+                f"{name}.heads {tower.heads} does not divide {name}.width {tower.width}; change one of them"
             )
         if tower.hidden < 0:
-            raise ValueError(f"net.{name}.hidden is {tower.hidden}; use a width, or 0 for 4 times that of the tokens")
+            raise ValueError(f"{name}.hidden is {tower.hidden}; use a width, or 0 for 4 times that of the tokens")
     if image.shape[0] % image.patch or image.shape[1] % image.patch:
-        raise ValueError(f"net.image.patch {image.patch} does not divide images of {image.shape}; change one of them")
+        raise ValueError(f"image.patch {image.patch} does not divide images of {image.shape}; change one of them")
     if image.times < 0:
-        raise ValueError(f"net.image.times is {image.times}; use the number of steps, or 0 for clean images")
+        raise ValueError(f"image.times is {image.times}; use the number of steps, or 0 for clean images")
     for name, values in (("mean", image.mean), ("std", image.std)):
         if len(values) != image.shape[2]:
-            raise ValueError(f"net.image.{name} has {len(values)} numbers; use {image.shape[2]}, one per channel")
+            raise ValueError(f"image.{name} has {len(values)} numbers; use {image.shape[2]}, one per channel")
     if min(image.std) <= 0:
-        raise ValueError(f"net.image.std is {image.std}; all must be positive")
+        raise ValueError(f"image.std is {image.std}; all must be positive")
+
+
+# ---- as a component -------------------------------------------------------------------------------------------------
+
+
+def image_tower(
+    *,
+    width: Annotated[int, In(1, 2**16)] = 768,
+    layers: Annotated[int, In(1, 256)] = 12,
+    heads: Annotated[int, In(1, 1024)] = 12,
+    hidden: Annotated[int, In(0, 2**18)] = 0,
+    patch: Annotated[int, In(1, 1024)] = 4,
+    mean: Annotated[tuple[float, ...], Length(1, 64)] = MEAN,
+    std: Annotated[tuple[float, ...], In(0, above=True), Length(1, 64)] = STD,
+) -> None:
+    """The image encoder.
+
+    Args:
+      width: of its tokens.
+      layers: number of blocks.
+      heads: attention heads of each.
+      hidden: width of a block's hidden layer; 0: 4 times that of the tokens.
+      patch: side of the patches that become tokens.
+      mean: of the channels, in [0, 1], which is subtracted.
+      std: of the channels, by which they are divided.
+    """
+    del width, layers, heads, hidden, patch, mean, std
+
+
+def text_tower(
+    *,
+    width: Annotated[int, In(1, 2**16)] = 512,
+    layers: Annotated[int, In(1, 256)] = 12,
+    heads: Annotated[int, In(1, 1024)] = 8,
+    hidden: Annotated[int, In(0, 2**18)] = 0,
+    vocab_size: Annotated[int, In(0, 10**7)] = 0,
+) -> None:
+    """The text encoder.
+
+    Args:
+      width: of its tokens.
+      layers: number of blocks.
+      heads: attention heads of each.
+      hidden: width of a block's hidden layer; 0: 4 times that of the tokens.
+      vocab_size: rows of the token table; 0: as many as the tokenizer has ids.
+    """
+    del width, layers, heads, hidden, vocab_size
+
+
+@component("network", "clip")
+def clip(
+    *,
+    features: Annotated[int, In(1, 2**16)] = 512,
+    image: Annotated[Any, Group(image_tower)],
+    text: Annotated[Any, Group(text_tower)],
+    activation: Literal["gelu", "quick_gelu"] = "gelu",
+    dtype: Annotated[Literal["float32", "bfloat16"], RUNTIME] = "float32",
+    remat: Annotated[Literal["none", "blocks"], RUNTIME] = "none",
+    shape: Annotated[tuple[int, ...], WIRED],
+    num_timesteps: Annotated[int, WIRED],
+    vocab_size: Annotated[int, WIRED],
+    length: Annotated[int, WIRED],
+) -> CLIP:
+    """Both encoders of a CLIP.
+
+    Args:
+      features: size of the embeddings.
+      image: the image encoder.
+      text: the text encoder.
+      activation: of the hidden layers; 'quick_gelu' in OpenAI's models, 'gelu' in GLIDE's.
+      dtype: what layers compute in.
+      remat: 'blocks' computes blocks again in the backward pass.
+    """
+    ids = {"vocab_size": text.vocab_size or vocab_size, "length": length}
+    return build(
+        {
+            "features": features,
+            "activation": activation,
+            "dtype": dtype,
+            "remat": remat,
+            "image": {**vars(image), "times": num_timesteps},
+            "text": {**vars(text), **ids},
+        },
+        shape,
+    )

@@ -1,17 +1,19 @@
-"""The priors of DALL-E 2: transformers that make an image embedding of CLIP's from a caption (floor 0).
+"""The priors of DALL-E 2: transformers that make an image embedding of CLIP's from a caption.
 
 Ramesh et al. 2022, section 2.2. `Prior` denoises embeddings, and stands where a U-Net does; `CodePrior` makes one,
-written as a row of codes, code by code. What they are told comes as the sequence of a `Context`.
+written as a row of codes, code by code. Their conditions come as the sequence of a `Context`.
 """
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.components import RUNTIME, WIRED, In, component
+from diffax.networks.context import Context
 from diffax.networks.layers import Style, TransformerBlock, causal, dense, layer_norm, rematerialized, sinusoid
-from diffax.networks.unet import Context
 
 Array = jax.Array
 
@@ -32,13 +34,25 @@ class _Transformer(nn.Module):
       remat: what is computed again for the backward pass, see `layers.rematerialized`.
     """
 
-    width: int = 2048
-    layers: int = 24
-    heads: int = 32
-    norm_eps: float = 1e-5
-    kernel_init: str = "torch"
-    dtype: str = "float32"
-    remat: str = "none"
+    width: Annotated[int, In(1, 2**16)] = 2048
+    layers: Annotated[int, In(1, 256)] = 24
+    heads: Annotated[int, In(1, 1024)] = 32
+    norm_eps: Annotated[float, In(0, 1, above=True)] = 1e-5
+    kernel_init: Literal["torch", "ho"] = "torch"
+    dtype: Annotated[Literal["float32", "bfloat16"], RUNTIME] = "float32"
+    remat: Annotated[Literal["none", "blocks"], RUNTIME] = "none"
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if it cannot make what has this shape."""
+        if len(shape) != 1:
+            raise ValueError(f"a prior makes a vector; shape is {tuple(shape)}, not one number")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width, {self.width}, got {self.heads}")
+
+    @property
+    def vector_width(self) -> int:
+        """Size of the tokens, and of a vector that is added to them."""
+        return self.width
 
     @property
     def style(self) -> Style:
@@ -57,17 +71,18 @@ class _Transformer(nn.Module):
         return layer_norm(self.style._replace(dtype="float32"), name="norm_out")(h)
 
 
+@component("network", "prior")
 class Prior(_Transformer):
     """The diffusion prior: a causal transformer whose last token is the answer (DALL-E 2, section 2.2).
 
-    Its tokens are what it is told (the caption, then the text embedding), the clock, z, and a learned query. It is
+    Its tokens are the conditions (the caption, then the text embedding), the timestep embedding, z, and a learned query. It is
     trained to predict the clean embedding.
 
     Attributes:
-      features: size of the result, that of the embedding.
+      out_channels: size of the result, that of the embedding.
     """
 
-    features: int = 768
+    out_channels: Annotated[int, WIRED] = 768
 
     @nn.compact
     def __call__(self, z: Array, time: Array, context: Context, *, dropout_keys: Array | None = None) -> Array:
@@ -75,28 +90,29 @@ class Prior(_Transformer):
 
         Args:
           z: [B, D].
-          time: [B] float32, the clock as the schedule numbers it.
+          time: [B] float32, as the schedule numbers it.
           context: its sequence [B, S, width], with or without a mask.
           dropout_keys: ignored; it has no dropout.
 
         Returns:
-          [B, features] float32.
+          [B, out_channels] float32.
         """
         del dropout_keys
         head = self.style._replace(dtype="float32")
-        clock = dense(head, self.width, name="time_0")(sinusoid(time, self.width))
-        clock = dense(head, self.width, name="time_1")(nn.silu(clock))
-        query = jnp.broadcast_to(self.parameter("query", self.width), clock.shape)
-        own = jnp.stack([clock, dense(head, self.width, name="proj_in")(z), query], 1)
+        embedded = dense(head, self.width, name="time_0")(sinusoid(time, self.width))
+        embedded = dense(head, self.width, name="time_1")(nn.silu(embedded))
+        query = jnp.broadcast_to(self.parameter("query", self.width), embedded.shape)
+        own = jnp.stack([embedded, dense(head, self.width, name="proj_in")(z), query], 1)
         h = jnp.concatenate([context.sequence, own], 1)
         batch, tokens, _ = h.shape
         visible = jnp.concatenate([_visible(context), jnp.ones((batch, 3), bool)], 1)
-        # a padded place sees itself, so that a caption withheld leaves no query without a key
+        # a padded place sees itself, so that a caption dropped leaves no query without a key
         mask = causal(tokens) & visible[:, None] | jnp.eye(tokens, dtype=bool)
         h = self.read(h + self.parameter("position", tokens, self.width), mask)
-        return dense(head, self.features, name="proj_out")(h[:, -1])
+        return dense(head, self.out_channels, name="proj_out")(h[:, -1])
 
 
+@component("network", "code_prior")
 class CodePrior(_Transformer):
     """The autoregressive prior: p(code n | those before, context) (DALL-E 2, section 2.2).
 
@@ -105,13 +121,13 @@ class CodePrior(_Transformer):
     caption enters.
 
     Attributes:
-      num_codes: codes are 0 .. num_codes - 1.
+      out_channels: codes are 0 .. out_channels - 1.
     """
 
-    width: int = 1664
-    layers: int = 24
-    heads: int = 26
-    num_codes: int = 1024
+    width: Annotated[int, In(1, 2**16)] = 1664
+    layers: Annotated[int, In(1, 256)] = 24
+    heads: Annotated[int, In(1, 1024)] = 26
+    out_channels: Annotated[int, WIRED] = 1024
 
     @nn.compact
     def __call__(
@@ -135,12 +151,12 @@ class CodePrior(_Transformer):
           at: number of the code that is wanted, 1 .. N - 1; may be traced.
 
         Returns:
-          [B, N, num_codes] float32, or [B, 1, num_codes].
+          [B, N, out_channels] float32, or [B, 1, out_channels].
         """
         del time, dropout_keys
         batch, length = codes.shape
         # one id more, for the start; a cast, since the example that initialises a network is of floats
-        start = jnp.full((batch, 1), self.num_codes)
+        start = jnp.full((batch, 1), self.out_channels)
         before = jnp.concatenate([start, codes[:, :-1].astype(jnp.int32)], 1)
         position = self.parameter("position", length, self.width)
         visible = jnp.broadcast_to(_visible(context)[:, None], (batch, length, context.sequence.shape[1]))
@@ -148,7 +164,7 @@ class CodePrior(_Transformer):
         if at is not None:
             before, mask = (jax.lax.dynamic_slice_in_dim(a, at, 1, axis=1) for a in (before, mask))
             position = jax.lax.dynamic_slice_in_dim(position, at, 1)
-        embed = nn.Embed(self.num_codes + 1, self.width, embedding_init=nn.initializers.normal(0.02), name="token")
+        embed = nn.Embed(self.out_channels + 1, self.width, embedding_init=nn.initializers.normal(0.02), name="token")
         h = embed(before) + position
         if context.vector is not None:
             h = h + context.vector[:, None]
@@ -156,7 +172,7 @@ class CodePrior(_Transformer):
             h = self.read(h, mask, context.sequence)
         else:
             h = self.read(h, mask, at=context.sequence.shape[1] + at)
-        return dense(self.style._replace(dtype="float32"), self.num_codes, name="logits")(h)
+        return dense(self.style._replace(dtype="float32"), self.out_channels, name="logits")(h)
 
 
 def sample_codes(
@@ -165,7 +181,7 @@ def sample_codes(
     context: Context,
     keys: Array,
     *,
-    withheld: Context | None = None,
+    dropped: Context | None = None,
     scale: Array | float = 1.0,
     temperature: float = 1.0,
 ) -> Array:
@@ -174,23 +190,23 @@ def sample_codes(
     Args:
       prior: the network.
       params: its parameters.
-      context: what it is told, of B rows.
+      context: the encoded conditions, of B rows.
       keys: [B] typed PRNG keys; row i depends on keys[i] alone.
-      withheld: the context with its conditions withheld, for classifier-free guidance: the logits are
-        withheld + scale (given - withheld).
+      dropped: the context with its conditions dropped, for classifier-free guidance: the logits are
+        dropped + scale (given - dropped).
       scale: of that, scalar or [B]; may be traced.
       temperature: divides the logits; 0 takes the most probable code.
 
     Returns:
       [B, N] int32.
     """
-    if withheld is not None:
-        context = jax.tree.map(lambda *pair: jnp.concatenate(pair), context, withheld)
+    if dropped is not None:
+        context = jax.tree.map(lambda *pair: jnp.concatenate(pair), context, dropped)
     scale = jnp.reshape(jnp.asarray(scale, jnp.float32), (-1, 1))
 
     def choose_code(logits: Array, n: Array) -> Array:
         logits = logits[:, 0]
-        if withheld is not None:
+        if dropped is not None:
             given, without = jnp.split(logits, 2)
             logits = without + scale * (given - without)
         if not temperature:
@@ -202,7 +218,7 @@ def sample_codes(
         return jax.vmap(draw)(keys, logits).astype(jnp.int32)
 
     def ask(codes: Array, cache: Mapping, at: Array | None = None) -> tuple[Array, Mapping]:
-        rows = codes if withheld is None else jnp.concatenate([codes, codes])
+        rows = codes if dropped is None else jnp.concatenate([codes, codes])
         logits, state = prior.apply({"params": params, **cache}, rows, None, context, at=at, mutable=["cache"])
         return logits, state
 
