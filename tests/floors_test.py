@@ -50,7 +50,7 @@ NARROW = {
     "components": {"ml_collections"},
     "config": {"ml_collections", "numpy"},
     "networks": {"jax", "flax", "chex", "numpy"},
-    "diffusion": {"jax", "flax", "chex", "numpy"},
+    "diffusion": {"jax", "numpy"},
 }
 DEVICES = {
     "devices", "local_devices", "device_count", "local_device_count", "pmap", "shard_map", "Mesh",

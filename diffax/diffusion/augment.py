@@ -1,5 +1,7 @@
-"""Edits of the conditions on their way to a network (floor 2): withheld conditions, and low-resolution pictures made
-worse so that a stage forgives what the one before it gets wrong. Pure; each example has its own key.
+"""Edits of the conditions on their way to a network. Pure; each example has its own key.
+
+Conditions are dropped for classifier-free guidance; low-resolution pictures are made worse so that a stage forgives
+what the one before it gets wrong.
 """
 
 from collections.abc import Mapping
@@ -20,27 +22,27 @@ def drop(
     rate: float | Mapping[tuple[str, ...], float],
     null: Mapping[str, Array],
 ) -> dict[str, Array]:
-    """Withholds the conditions of a share of the examples (classifier-free guidance, algorithm 1, line 3).
+    """Drops the conditions of a share of the examples (classifier-free guidance, algorithm 1, line 3).
 
-    All conditions that `null` names are withheld together, the others stay. Or groups of them each on their own
+    All conditions that `null` names are dropped together, the others stay. Or groups of them each on their own
     (DALL-E 2, section 2.1: the image embedding of a tenth of the examples, the caption of half of them).
 
     Args:
       cond: conditions, [B, ...] each.
       keys: [B] typed PRNG keys.
       rate: probability that an example is trained without them (the paper's p_uncond); or {names of a group: its own}.
-      null: what stands for a withheld condition, one example's worth.
+      null: what stands for a dropped condition, of one example.
 
     Returns:
-      The conditions, with the null value in place of those withheld.
+      The conditions, with the null value in place of those dropped.
     """
     groups, kept = rate if isinstance(rate, Mapping) else {tuple(null): rate}, dict(cond)
     for number, (names, share) in enumerate(groups.items()):
         own = jax.vmap(lambda key, i=number: jax.random.fold_in(key, i))(keys) if number else keys
-        withheld = jax.vmap(lambda key, share=share: jax.random.bernoulli(key, share))(own)
+        dropped = jax.vmap(lambda key, share=share: jax.random.bernoulli(key, share))(own)
         for name in (name for name in names if name in null and name in cond):
             value = cond[name]
-            kept[name] = jnp.where(expand(withheld, value), jnp.asarray(null[name], value.dtype), value)
+            kept[name] = jnp.where(expand(dropped, value), jnp.asarray(null[name], value.dtype), value)
     return kept
 
 
@@ -48,14 +50,18 @@ def drop(
 
 
 def area_downsample(x: Array, factor: int) -> Array:
-    """[B, H, W, C] -> [B, H / factor, W / factor, C], the mean of each square (ADM, super-resolution training)."""
+    """[B, H, W, C] -> [B, H / factor, W / factor, C], the mean of each square (ADM, super-resolution training).
+
+    >>> area_downsample(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).tolist()
+    [[[[1.5]]]]
+    """
     batch, height, width, channels = x.shape
     squares = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
     return squares.mean((2, 4))
 
 
 def random_known(keys: Array, shape: tuple[int, ...], *, empty: float) -> Array:
-    """Which pixels an inpainting model is told in training: all but a random box, or a random box alone.
+    """Which pixels an inpainting model gets in training: all but a random box, or a random box alone.
 
     GLIDE erases random regions (section 3.3) and publishes no distribution. Here the sides of the box are uniform
     between a quarter of the picture and all of it, and it is what is erased in three of four pictures.
@@ -63,7 +69,7 @@ def random_known(keys: Array, shape: tuple[int, ...], *, empty: float) -> Array:
     Args:
       keys: [B] typed PRNG keys.
       shape: (H, W, ...) of a picture.
-      empty: share of the pictures of which nothing is known, so that the model still paints from text alone.
+      empty: share of the pictures of which nothing is known, so that the model still generates from text alone.
 
     Returns:
       [B, H, W, 1] float32, 1 where a pixel is known.
@@ -96,7 +102,11 @@ def shrink_known(x: Array, known: Array, factor: int) -> tuple[Array, Array]:
 
 
 def round_to_bytes(x: Array) -> Array:
-    """Pictures in [-1, 1] as they come back from 8-bit files: clipped, on 256 values."""
+    """Pictures in [-1, 1] as they come back from 8-bit files: clipped, on 256 values.
+
+    >>> print(round_to_bytes(jnp.array([-2.0, 0.001])).round(4))
+    [-1.      0.0039]
+    """
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1
 
 
@@ -159,9 +169,9 @@ def crop_together(x: Array, low_res: Array, keys: Array, *, side: int) -> tuple[
     small = side // factor
     choices = jnp.array([low_res.shape[1] - small + 1, low_res.shape[2] - small + 1])
 
-    def cut(x, low_res, key):
+    def crop(x, low_res, key):
         top, left = jax.random.randint(key, (2,), 0, choices)
         window = jax.lax.dynamic_slice(x, (top * factor, left * factor, 0), (side, side, x.shape[-1]))
         return window, jax.lax.dynamic_slice(low_res, (top, left, 0), (small, small, low_res.shape[-1]))
 
-    return jax.vmap(cut)(x, low_res, keys)
+    return jax.vmap(crop)(x, low_res, keys)

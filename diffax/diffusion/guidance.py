@@ -1,7 +1,7 @@
-"""Guidance: functions from a denoiser to a denoiser (floor 2).
+"""Guidance: functions from a denoiser to a denoiser.
 
-A denoiser looks at z at the start of a step and says what it sees. Everything that steers sampling wraps one:
-clipping, thresholding, a classifier, classifier-free guidance. They compose by application, innermost first.
+A denoiser estimates x and eps from z at the start of a step. Everything that steers sampling wraps one: clipping,
+thresholding, a classifier, classifier-free guidance. They compose by application, innermost first.
 
 Scales. `scale` is the number s that multiplies what guidance adds; it may be traced and may differ by picture.
 
@@ -21,7 +21,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from diffax.diffusion.process import Prediction, eps_from_x, expand, x_from_eps
+from diffax.diffusion.process import Prediction, eps_from_x, expand, predict, x_from_eps
 from diffax.diffusion.schedules import NoiseLevel, Transition
 
 Array = jax.Array
@@ -30,7 +30,7 @@ Array = jax.Array
 class Denoiser(Protocol):
     """(z [B, ...], step, **conditions) -> Prediction.
 
-    It reads a transition and not only the level it starts from, because three published parameterisations depend on
+    It gets a transition and not only the level it starts from, because three published parameterisations depend on
     where the step goes: previous-x, the learned range, and the large fixed variance at the last step.
     """
 
@@ -40,8 +40,36 @@ class Denoiser(Protocol):
 Guidance = Callable[[Denoiser], Denoiser]
 
 
+def denoiser_from(fn: Callable[..., Array], predicts: str = "eps", variance: str | float = "fixed_small") -> Denoiser:
+    """Makes a denoiser of a plain function of z and time, such as a network with its parameters bound.
+
+    >>> from diffax.diffusion import samplers, schedules
+    >>> denoise = denoiser_from(lambda z, time: z)  # predicts eps = z: all that it sees is noise
+    >>> noise = samplers.picture_noise(jax.random.split(jax.random.key(0), 2), (8, 8, 3))
+    >>> steps = schedules.build_steps(schedules.cosine(num_timesteps=100), "10")
+    >>> samplers.sample(denoise, noise(jnp.int32(-1)), noise, steps, samplers.ddim()).shape
+    (2, 8, 8, 3)
+
+    Args:
+      fn: (z [B, ..., C], time [B], **conditions) -> [B, ..., C], or [B, ..., 2C] if the variance is learned.
+      predicts: 'eps', 'x', 'v' or 'previous_x'; see `process.predict`.
+      variance: of the reverse step, a name or a fraction; see `process.predict`.
+
+    Returns:
+      (z, step, **conditions) -> Prediction.
+    """
+
+    def denoise(z: Array, step: Transition, **cond: Array) -> Prediction:
+        return predict(fn(z, step.t.time, **cond), z, step, predicts=predicts, variance=variance)
+
+    return denoise
+
+
 def guided(denoise: Denoiser, guidance: Sequence[Guidance]) -> Denoiser:
-    """Applies guidance functions in order, the first one innermost."""
+    """Applies guidance functions in order, the first one innermost.
+
+    >>> steered = guided(denoiser_from(lambda z, time: z), [classifier(lambda z, t: z.sum(-1), 2.0), clip_denoised()])
+    """
     for wrap in guidance:
         denoise = wrap(denoise)
     return denoise
@@ -67,15 +95,15 @@ def edit_x(edit: Callable[[Array], Array]) -> Guidance:
     return wrap
 
 
-def clip_denoised(limit: float = 1.0) -> Guidance:
-    """Clips the estimate of x to [-limit, limit] before it is used (in DDPM's code, not in its algorithm 2)."""
-    return edit_x(lambda x: jnp.clip(x, -limit, limit))
+def clip_denoised(clip_range: float = 1.0) -> Guidance:
+    """Clips the estimate of x to [-clip_range, clip_range] before it is used (DDPM's code, not its algorithm 2)."""
+    return edit_x(lambda x: jnp.clip(x, -clip_range, clip_range))
 
 
-def keep_known() -> Guidance:
+def insert_known() -> Guidance:
     """Puts the known pixels into the estimate of x, at every step (GLIDE's released code for inpainting).
 
-    It reads the condition 'inpaint', [B, H, W, C + 1]: the picture, then 1 where a pixel is known. To be applied before
+    It uses the condition 'inpaint', [B, H, W, C + 1]: the picture, then 1 where a pixel is known. To be applied before
     clipping, as published.
     """
 
@@ -89,14 +117,14 @@ def keep_known() -> Guidance:
     return wrap
 
 
-def finish_with(last: Denoiser) -> Guidance:
+def finish_with(final: Denoiser) -> Guidance:
     """Lets another denoiser take the last step, to clean data, as karlo's upsampler does."""
 
     def wrap(denoise: Denoiser) -> Denoiser:
         def denoiser(z, step, **cond):
             # all examples walk the same steps
             return jax.lax.cond(
-                jnp.all(step.s.is_clean), lambda: last(z, step, **cond), lambda: denoise(z, step, **cond)
+                jnp.all(step.s.is_clean), lambda: final(z, step, **cond), lambda: denoise(z, step, **cond)
             )
 
         return denoiser
@@ -109,9 +137,9 @@ def dynamic_threshold(percentile: float = 99.5) -> Guidance:
 
     def edit(x):
         flat = jnp.abs(x.reshape(x.shape[0], -1))
-        limit = jnp.maximum(jnp.percentile(flat, percentile, axis=1), 1.0)
-        limit = expand(limit, x)
-        return jnp.clip(x, -limit, limit) / limit
+        clip_range = jnp.maximum(jnp.percentile(flat, percentile, axis=1), 1.0)
+        clip_range = expand(clip_range, x)
+        return jnp.clip(x, -clip_range, clip_range) / clip_range
 
     return edit_x(edit)
 
@@ -144,7 +172,12 @@ def classifier(log_prob: Callable[..., Array], scale: Array | float) -> Guidance
 
 
 def unit(a: Array) -> Array:
-    """a / |a| over the last axis, float32; zero stays zero, and has no slope."""
+    """a / |a| over the last axis, float32; zero stays zero, and has no slope.
+
+    >>> print(unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3))
+    [[0.6 0.8]
+     [0.  0. ]]
+    """
     a = a.astype(jnp.float32)
     return a * jax.lax.rsqrt(jnp.maximum(jnp.sum(a * a, axis=-1, keepdims=True), 1e-24))
 
@@ -178,8 +211,8 @@ def classifier_free(scale: Array | float, null: Mapping[str, Array]) -> Guidance
 
     Args:
       scale: scalar or [B]; may be traced. 1 is the conditional model, 0 the unconditional one.
-      null: the withheld value of each condition that training dropped, one example's worth (no batch axis), an array or
-        a tree of them like the condition; conditions that it does not name are given to both halves.
+      null: what stands for each condition where training dropped it, of one example (no batch axis), an array or a
+        tree of them like the condition; conditions that it does not name are given to both halves.
 
     Returns:
       The guidance; to be applied before clipping, which does not commute with it.
@@ -190,10 +223,10 @@ def classifier_free(scale: Array | float, null: Mapping[str, Array]) -> Guidance
             n = z.shape[0]
             twice = jax.tree.map(lambda a: jnp.concatenate([a, a]) if jnp.ndim(a) else a, (z, step, cond))
 
-            def withhold(v, given):
+            def with_null(v, given):
                 return jnp.concatenate([given, jnp.broadcast_to(jnp.asarray(v, given.dtype), given.shape)])
 
-            both = denoise(*twice[:2], **twice[2] | {k: jax.tree.map(withhold, v, cond[k]) for k, v in null.items()})
+            both = denoise(*twice[:2], **twice[2] | {k: jax.tree.map(with_null, v, cond[k]) for k, v in null.items()})
 
             def first(a):
                 return a[:n] if jnp.ndim(a) and a.shape[0] == 2 * n else a

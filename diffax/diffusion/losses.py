@@ -1,15 +1,18 @@
-"""Training losses and the variational bound (floor 2). All are per example, [B], averaged over pixels and channels.
+"""Training losses and the variational bound. All are per example, [B], averaged over pixels and channels.
 
-A loss sees one noised batch: what was drawn (`Noised`) and what the network answered. Bounds are in bits per dimension.
+A component of kind 'loss' makes a function (out, batch: Noised, *, predicts, variance) -> (loss [B], terms {name: [B]})
+of the network's output for one noised batch. It may carry what it requires of the model, see `requiring`. Bounds are in
+bits per dimension.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffax.components import In, component
 from diffax.diffusion.guidance import Denoiser, unit
 from diffax.diffusion.process import Gaussian, Prediction, diffuse, eps_from_x, posterior, predict, reverse, target
 from diffax.diffusion.samplers import Noise
@@ -39,7 +42,11 @@ def mean_flat(a: Array) -> Array:
 
 
 def normal_kl(p: Gaussian, q: Gaussian) -> Array:
-    """KL(p || q) of diagonal normals, element-wise, in nats."""
+    """KL(p || q) of diagonal normals, element-wise, in nats.
+
+    >>> float(normal_kl(Gaussian(jnp.array(1.0), jnp.array(0.0)), Gaussian(jnp.array(0.0), jnp.array(0.0))))
+    0.5
+    """
     return 0.5 * (jnp.expm1(p.logvar - q.logvar) + (q.logvar - p.logvar) + (p.mean - q.mean) ** 2 * jnp.exp(-q.logvar))
 
 
@@ -88,7 +95,18 @@ def prior_bpd(x: Array, t: NoiseLevel) -> Array:
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
-    """-log p(label) of a classifier, [B] nats. logits: [B, K]; label: [B] integers; one out of range gives NaN."""
+    """-log p(label) of a classifier.
+
+    >>> print(cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(4))
+    [1.3863]
+
+    Args:
+      logits: [B, K].
+      label: [B] integers; one out of range gives NaN.
+
+    Returns:
+      [B] nats.
+    """
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1, mode="fill")[:, 0]
 
 
@@ -135,6 +153,27 @@ def contrastive(
 # ---- losses: (out, batch, predicts=, variance=) -> (loss [B], terms {name: [B]}) ------------------------------------
 
 
+def requiring(
+    loss: Loss, *, discrete: bool = False, trains_variance: bool = False, needs_variance: bool = False
+) -> Loss:
+    """Attaches to a loss what it requires, as attributes, so that a model can check whether it fits.
+
+    A loss without these attributes requires nothing and trains no variance.
+
+    Args:
+      loss: the function; changed in place.
+      discrete: it needs a schedule of T discrete steps.
+      trains_variance: a learned variance gets gradients from it.
+      needs_variance: it makes sense with a learned variance alone.
+
+    Returns:
+      The loss, with the attributes `discrete`, `trains_variance` and `needs_variance`.
+    """
+    loss.discrete, loss.trains_variance, loss.needs_variance = discrete, trains_variance, needs_variance
+    return loss
+
+
+@component("loss", "simple")
 def simple() -> Loss:
     """L_simple: the mean squared error of the network's mean output (DDPM, equation 14)."""
 
@@ -146,21 +185,30 @@ def simple() -> Loss:
     return loss
 
 
-def vlb(weight: float = 1.0) -> Loss:
-    """weight * L_vlb: the variational bound's term itself (Improved DDPM, equation 4); the published runs use T."""
+@component("loss", "vlb")
+def vlb(weight: Annotated[float, In(0)] = 1.0) -> Loss:
+    """weight * L_vlb: the variational bound's term itself (Improved DDPM, equation 4).
+
+    Args:
+      weight: factor of the term; the published runs use T, the length of the chain.
+    """
 
     def loss(out: Array, batch: Noised, *, predicts: str, variance: str | float):
         term = vlb_term(predict(out, batch.z, batch.step, predicts=predicts, variance=variance), batch)
         return weight * term, {"vb": term}
 
-    return loss
+    return requiring(loss, discrete=True, trains_variance=True)
 
 
-def hybrid(weight: float = 1.0) -> Loss:
+@component("loss", "hybrid")
+def hybrid(weight: Annotated[float, In(0)] = 1.0) -> Loss:
     """L_hybrid = L_simple + weight * L_vlb, where the bound trains the variance only (Improved DDPM, equation 16).
 
     The mean is held fixed inside the bound. The paper's factor 0.001 on the sum of T terms is weight = T / 1000 here,
     where t is drawn at random.
+
+    Args:
+      weight: factor of the bound's term.
     """
     mse_loss, vlb_loss = simple(), vlb()
 
@@ -171,14 +219,7 @@ def hybrid(weight: float = 1.0) -> Loss:
         vb, vb_terms = vlb_loss(held, batch, predicts=predicts, variance=variance)
         return mse + weight * vb, terms | vb_terms
 
-    return loss
-
-
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "simple": lambda weight: simple(),
-    "vlb": vlb,
-    "hybrid": hybrid,
-}
+    return requiring(loss, discrete=True, trains_variance=True, needs_variance=True)
 
 
 # ---- the whole bound ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The forward process, its posterior, and what a network's output says about them (floor 1).
+"""The forward process, its posterior, and what a network's output says about them.
 
 x is clean, z noisy, eps the noise: z = alpha x + sigma eps. A step goes from the noisier level t to the cleaner s.
 Arrays are [B, ...] float32; a level's numbers are scalars or [B].
@@ -48,7 +48,12 @@ def expand(a: Array, like: Array) -> Array:
 
 
 def diffuse(x: Array, t: NoiseLevel, eps: Array) -> Array:
-    """q(z_t | x) = N(alpha x, sigma^2 I): z = alpha x + sigma eps (DDPM, equation 4)."""
+    """q(z_t | x) = N(alpha x, sigma^2 I): z = alpha x + sigma eps (DDPM, equation 4).
+
+    >>> level = NoiseLevel(time=jnp.zeros(1), logsnr=jnp.zeros(1))  # alpha^2 = sigma^2 = 1/2
+    >>> print(diffuse(jnp.ones((1, 1)), level, jnp.ones((1, 1))).round(3))
+    [[1.414]]
+    """
     return expand(t.alpha, x) * x + expand(t.sigma, x) * eps
 
 
@@ -129,7 +134,7 @@ def predict(out: Array, z: Array, step: Transition, *, predicts: str, variance: 
 
     Args:
       out: [B, ..., C] network output, or [B, ..., 2C] if the variance is learned; float32.
-      z: [B, ..., C] what the network was shown.
+      z: [B, ..., C] the network's input.
       step: the transition that starts at z's level.
       predicts: 'eps', 'x', 'v' or 'previous_x'.
       variance: 'fixed_small', 'fixed_large', 'learned', 'learned_range' or a fraction in [0, 1].
@@ -138,7 +143,7 @@ def predict(out: Array, z: Array, step: Transition, *, predicts: str, variance: 
       The prediction; x is not clipped.
 
     Raises:
-      ValueError: out does not have the channels that `variance` asks for.
+      ValueError: out does not have the channels that `variance` requires.
     """
     learned = variance in ("learned", "learned_range")
     if out.shape[-1] != z.shape[-1] * (1 + learned):
@@ -157,9 +162,9 @@ def predict(out: Array, z: Array, step: Transition, *, predicts: str, variance: 
         var = jnp.exp(logvar)
     else:
         fraction = {"fixed_small": 0.0, "fixed_large": 1.0}.get(variance, variance)
-        last = expand(step.s.is_clean, z)
-        logvar = jnp.where(last, low, fraction * high + (1 - fraction) * low)
-        var = jnp.where(last & (fraction == 0.0), 0.0, jnp.exp(logvar))
+        ends_clean = expand(step.s.is_clean, z)
+        logvar = jnp.where(ends_clean, low, fraction * high + (1 - fraction) * low)
+        var = jnp.where(ends_clean & (fraction == 0.0), 0.0, jnp.exp(logvar))
 
     t, mean = step.t, None
     if predicts == "eps":

@@ -1,16 +1,20 @@
-"""Samplers: one step is a pure function, a sample is one `lax.scan` over steps (floor 2)."""
+"""Samplers: one step is a pure function, a sample is one `lax.scan` over steps.
 
+Each is a component of kind 'sampler'.
+"""
+
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffax.components import In, component
 from diffax.diffusion.guidance import Denoiser, apply_score
 from diffax.diffusion.process import Prediction, diffuse, expand, reverse
-from diffax.diffusion.schedules import Transition, to_clean
+from diffax.diffusion.schedules import Transition, struct, to_clean
 
 Array = jax.Array
 Memory = Any
@@ -19,6 +23,9 @@ Noise = Callable[[Array], Array]
 
 class Sampler(NamedTuple):
     """A pair of pure functions, as in optax.
+
+    >>> ddim().init(jnp.zeros((2, 8, 8, 3)), 50)  # DDIM remembers nothing between steps
+    ()
 
     Attributes:
       init: (z [B, ...], number of steps) -> what the sampler remembers between steps; () but for multistep solvers.
@@ -29,6 +36,7 @@ class Sampler(NamedTuple):
     step: Callable[..., tuple[Array, Prediction, Memory]]
 
 
+@component("sampler", "ddpm")
 def ddpm() -> Sampler:
     """Ancestral sampling: z_s ~ N(mean, variance), the mean alone at the last step (DDPM, algorithm 2).
 
@@ -46,11 +54,15 @@ def ddpm() -> Sampler:
     return Sampler(lambda z, count: (), step)
 
 
-def ddim(eta: float | Array = 0.0) -> Sampler:
+@component("sampler", "ddim")
+def ddim(eta: Annotated[float, In(0, 1)] = 0.0) -> Sampler:
     """z_s = alpha_s x + sqrt(sigma_s^2 - r^2) eps + r noise (Song et al. 2021, equation 12).
 
     r = eta * sqrt(variance of q(z_s | z_t, x)): eta 0 is deterministic, eta 1 is ancestral sampling with the small
     variance. A learned variance is not used.
+
+    Args:
+      eta: scale of the noise; may be traced.
     """
 
     def step(denoise: Denoiser, z, step: Transition, noise, memory, **cond):
@@ -80,11 +92,12 @@ def half_logsnr(logsnr: Array) -> Array:
     return logsnr / 2
 
 
+@component("sampler", "heun")
 def heun() -> Sampler:
     """Heun's method of second order on dz'/dsigma' = eps, with z' = z / alpha, sigma' = sigma / alpha (Karras et al.
     2022, algorithm 1 without churn). Two evaluations a step, of which the last step, to clean data, uses one.
 
-    Wants steps of like length in log-SNR ('logsnrN'): sigma' falls from 22,000 where a schedule starts at log-SNR -20.
+    It needs steps of like length in log-SNR ('logsnrN'): sigma' falls from 22,000 if a schedule starts at log-SNR -20.
     """
 
     def step(denoise: Denoiser, z, step: Transition, noise, memory, **cond):
@@ -100,7 +113,7 @@ def heun() -> Sampler:
     return Sampler(lambda z, count: (), step)
 
 
-@flax.struct.dataclass
+@struct
 class History:
     """What a multistep solver remembers, newest first.
 
@@ -135,7 +148,8 @@ def _start(order: int, *, always_lower: bool) -> Callable[[Array, int], History]
 
 def _push(memory: History, value: Array, at: Array, z: Array) -> History:
     seen = jnp.concatenate([value[None], memory.seen[:-1]])
-    return memory.replace(i=memory.i + 1, seen=seen, at=jnp.concatenate([at[None], memory.at[:-1]]), before=z)
+    at = jnp.concatenate([at[None], memory.at[:-1]])
+    return dataclasses.replace(memory, i=memory.i + 1, seen=seen, at=at, before=z)
 
 
 def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
@@ -184,6 +198,25 @@ def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
     return Sampler(_start(order, always_lower=False), step)
 
 
+@component("sampler", "dpm_solver_2m")
+def dpm_solver_2m() -> Sampler:
+    """DPM-Solver of second order on eps, multistep (Lu et al. 2022a)."""
+    return dpm_solver(2, predicts="eps")
+
+
+@component("sampler", "dpm_solver_pp_2m")
+def dpm_solver_pp_2m() -> Sampler:
+    """DPM-Solver++ of second order on x, multistep ("2M"; Lu et al. 2022b, algorithm 2)."""
+    return dpm_solver(2)
+
+
+@component("sampler", "dpm_solver_pp_3m")
+def dpm_solver_pp_3m() -> Sampler:
+    """DPM-Solver++ of third order on x, multistep ("3M"; Lu et al. 2022b)."""
+    return dpm_solver(3)
+
+
+@component("sampler", "unipc")
 def unipc() -> Sampler:
     """UniPC of order 2 with B(h) = e^h - 1, on x (Zhao et al. 2023, algorithms 5 and 6).
 
@@ -199,7 +232,7 @@ def unipc() -> Sampler:
             return expand(to_sigma / from_sigma, z) * start - expand(level_alpha, z) * a * (x0 + extra)
 
         # Corrector: the last step again, now that x is known where it ended.
-        last, order = memory.i - 1, jnp.where(step.t.logsnr > NEARLY_CLEAN, 1, memory.orders[memory.i - 1])
+        previous, order = memory.i - 1, jnp.where(step.t.logsnr > NEARLY_CLEAN, 1, memory.orders[memory.i - 1])
         order = expand(order, z)
         h = expand(lam_t - memory.at[0], z)
         from_sigma = jnp.sqrt(jax.nn.sigmoid(-2 * memory.at[0]))
@@ -214,7 +247,7 @@ def unipc() -> Sampler:
         w1 = b1 - w0
         extra = jnp.where(order >= 2, w0 * behind + w1 * ahead, 0.5 * ahead)
         corrected = solve(memory.before, step.t.alpha, from_sigma, step.t.sigma, h, memory.seen[0], extra)
-        z = jnp.where(last >= 0, corrected, z)
+        z = jnp.where(previous >= 0, corrected, z)
 
         # Predictor
         h = expand(lam_s - lam_t, z)
@@ -228,7 +261,7 @@ def unipc() -> Sampler:
     return Sampler(_start(2, always_lower=True), step)
 
 
-def keep_known(sampler: Sampler, x: Array, known: Array) -> Sampler:
+def replace_known(sampler: Sampler, x: Array, known: Array) -> Sampler:
     """Inpainting with an ordinary model: after every step the known pixels are replaced by noised true ones.
 
     z_s <- known * q(z_s | x) + (1 - known) * z_s (what GLIDE compares its inpainting model with). The model sees them
@@ -249,17 +282,6 @@ def keep_known(sampler: Sampler, x: Array, known: Array) -> Sampler:
         return known * diffuse(x, step.s, noise) + (1 - known) * z, p, memory
 
     return Sampler(sampler.init, step)
-
-
-SAMPLERS: dict[str, Callable[[float], Sampler]] = {
-    "ddpm": lambda eta: ddpm(),
-    "ddim": ddim,
-    "heun": lambda eta: heun(),
-    "dpm_solver_2m": lambda eta: dpm_solver(2, predicts="eps"),
-    "dpm_solver_pp_2m": lambda eta: dpm_solver(2),
-    "dpm_solver_pp_3m": lambda eta: dpm_solver(3),
-    "unipc": lambda eta: unipc(),
-}
 
 
 def picture_noise(keys: Array, shape: tuple[int, ...]) -> Noise:
@@ -289,7 +311,7 @@ def sample(
     keep: int = 0,
     **cond: Array,
 ) -> Array | tuple[Array, Array]:
-    """Walks from the noisy end of `steps` to the clean one, as one `lax.scan`.
+    """Walks from the noisy end of `steps` to the clean one, as one `lax.scan`; `guidance.denoiser_from` has an example.
 
     Args:
       denoise: the guided denoiser.
@@ -323,8 +345,8 @@ def sample(
 def invert(denoise: Denoiser, x: Array, steps: Transition, **cond: Array) -> Array:
     """Encodes data into noise by running DDIM (eta 0) backwards (ADM, appendix F; DALL-E 2, section 3).
 
-    Each step asks the denoiser at the level it starts from and goes on to the next noisier one; the data enter at the
-    first noisy level. The last step of a whole chain has nowhere to go but pure noise and is left out, which
+    Each step evaluates the denoiser at the level it starts from and goes on to the next noisier one; the data enter at
+    the first noisy level. The last step of a whole chain has nowhere to go but pure noise and is left out, which
     reconstructs better.
 
     Args:

@@ -1,17 +1,20 @@
-"""Which noise levels to train on (floor 2): distributions over the steps of a chain, or over u in [0, 1].
+"""Which noise levels to train on: distributions over the steps of a chain, or over u in [0, 1].
 
-Each is a pair of pure functions with a state, as in optax; only `loss_second_moment` has one. Draws depend on each
-example's key and its position in the global batch, never on how the batch is cut over devices.
+Each is a component of kind 'timesteps': a group of pure functions with a state, as in optax; only `loss_second_moment`
+has one. Draws depend on each example's key and its position in the global batch, never on how the batch is sharded.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 
+from diffax.components import WIRED, In, component
+from diffax.diffusion.schedules import struct
+
 Array = jax.Array
+NumTimesteps = Annotated[int, WIRED]
 
 
 class TimestepSampler(NamedTuple):
@@ -29,39 +32,55 @@ class TimestepSampler(NamedTuple):
     update: Callable[..., Any]
 
 
-def _to_u(uniform: Array, steps: int) -> Array:
-    """A number in [0, 1) to one of u = 1/T, ..., 1; or to itself for a continuous schedule (steps 0)."""
-    if not steps:
+def _to_u(uniform: Array, num_timesteps: int) -> Array:
+    """A number in [0, 1) to one of u = 1/T, ..., 1; or to itself for a continuous schedule (num_timesteps 0)."""
+    if not num_timesteps:
         return uniform
-    return (jnp.minimum(jnp.floor(uniform * steps), steps - 1) + 1) / steps
+    return (jnp.minimum(jnp.floor(uniform * num_timesteps), num_timesteps - 1) + 1) / num_timesteps
 
 
 def _uniforms(keys: Array) -> Array:
     return jax.vmap(jax.random.uniform)(keys)
 
 
-def uniform(steps: int) -> TimestepSampler:
-    """Every step equally likely, independently per example (DDPM, algorithm 1). steps 0: u continuous."""
+@component("timesteps", "uniform")
+def uniform(num_timesteps: NumTimesteps) -> TimestepSampler:
+    """Every step equally likely, independently per example (DDPM, algorithm 1).
+
+    >>> sampler = uniform(4)
+    >>> u, weight = sampler.draw(sampler.init(), jax.random.split(jax.random.key(0), 3), jnp.arange(3), 3)
+    >>> bool(jnp.all((u * 4) % 1 == 0)), weight.tolist()
+    (True, [1.0, 1.0, 1.0])
+
+    Args:
+      num_timesteps: T of the schedule; 0 draws a continuous u.
+    """
 
     def draw(state, keys, position, total):
-        u = _to_u(_uniforms(keys), steps)
+        u = _to_u(_uniforms(keys), num_timesteps)
         return u, jnp.ones_like(u)
 
     return TimestepSampler(lambda: (), draw, lambda state, u, loss: state)
 
 
-def stratified(steps: int) -> TimestepSampler:
-    """One draw from each of `total` equal parts of [0, 1], spread over the global batch: the same mean as `uniform`,
-    less variance (Kingma et al. 2021, appendix I.1). steps 0: u continuous."""
+@component("timesteps", "stratified")
+def stratified(num_timesteps: NumTimesteps) -> TimestepSampler:
+    """One draw from each of N equal parts of [0, 1] for a global batch of N (Kingma et al. 2021, appendix I.1).
+
+    The mean is that of `uniform`, with less variance.
+
+    Args:
+      num_timesteps: T of the schedule; 0 draws a continuous u.
+    """
 
     def draw(state, keys, position, total):
-        u = _to_u((position + _uniforms(keys)) / total, steps)
+        u = _to_u((position + _uniforms(keys)) / total, num_timesteps)
         return u, jnp.ones_like(u)
 
     return TimestepSampler(lambda: (), draw, lambda state, u, loss: state)
 
 
-@flax.struct.dataclass
+@struct
 class LossHistory:
     """The last losses of every step: values [T, H] float32, oldest first; counts [T] int32, at most H."""
 
@@ -69,25 +88,41 @@ class LossHistory:
     counts: Array
 
 
-def loss_second_moment(steps: int, *, history: int = 10, uniform_prob: float = 0.001) -> TimestepSampler:
+@component("timesteps", "loss_second_moment")
+def loss_second_moment(
+    num_timesteps: NumTimesteps,
+    *,
+    history: Annotated[int, In(1, 10_000)] = 10,
+    uniform_prob: Annotated[float, In(0, 1)] = 0.001,
+) -> TimestepSampler:
     """Steps drawn in proportion to sqrt(E[L_t^2]), the loss weighted by 1 / (T p_t) (Improved DDPM, equation 18).
 
     The expectation is taken over the last `history` losses of each step; until every step has that many, the draw is
-    uniform. `uniform_prob` is mixed in so that no step starves. The history is part of the training state.
+    uniform. The history is part of the training state.
+
+    Args:
+      num_timesteps: T of the schedule.
+      history: how many losses of each step the expectation is taken over.
+      uniform_prob: share of the draws that stay uniform, so that no step starves.
+
+    Raises:
+      ValueError: the schedule is continuous and has no steps to keep a history of.
     """
+    if not num_timesteps:
+        raise ValueError("loss_second_moment needs a schedule of discrete steps; got a continuous one")
 
     def init() -> LossHistory:
-        return LossHistory(jnp.zeros((steps, history)), jnp.zeros(steps, jnp.int32))
+        return LossHistory(jnp.zeros((num_timesteps, history)), jnp.zeros(num_timesteps, jnp.int32))
 
     def draw(state, keys, position, total):
         p = probabilities(state, uniform_prob)
         edges = jnp.cumsum(p)
         index = jnp.searchsorted(edges, _uniforms(keys) * edges[-1], side="right")
-        index = jnp.minimum(index, steps - 1)
-        return (index + 1) / steps, 1 / (steps * p[index])
+        index = jnp.minimum(index, num_timesteps - 1)
+        return (index + 1) / num_timesteps, 1 / (num_timesteps * p[index])
 
     def update(state, u, loss):
-        index = jnp.rint(u * steps).astype(jnp.int32) - 1
+        index = jnp.rint(u * num_timesteps).astype(jnp.int32) - 1
 
         def push(state, example):
             i, value = example
@@ -105,16 +140,9 @@ def loss_second_moment(steps: int, *, history: int = 10, uniform_prob: float = 0
 
 def probabilities(state: LossHistory, uniform_prob: float) -> Array:
     """p(t) of `loss_second_moment`, [T], summing to 1."""
-    steps, history = state.values.shape
+    num_timesteps, history = state.values.shape
     weights = jnp.sqrt(jnp.mean(state.values**2, axis=1))
     total = jnp.sum(weights)
-    learned = weights / jnp.where(total > 0, total, 1.0) * (1 - uniform_prob) + uniform_prob / steps
+    learned = weights / jnp.where(total > 0, total, 1.0) * (1 - uniform_prob) + uniform_prob / num_timesteps
     warm = jnp.all(state.counts == history) & (total > 0)
-    return jnp.where(warm, learned, 1 / steps)
-
-
-TIMESTEPS: dict[str, Callable[[int], TimestepSampler]] = {
-    "uniform": uniform,
-    "stratified": stratified,
-    "loss_second_moment": loss_second_moment,
-}
+    return jnp.where(warm, learned, 1 / num_timesteps)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffax.components import build, names, spec
 from diffax.diffusion import guidance, process, samplers, schedules
 
 MEAN, STD = 0.3, 0.5
@@ -21,6 +22,10 @@ def gaussian_denoiser(variance="fixed_small"):
         return process.predict(MEAN + gain * (z - alpha * MEAN), z, step, predicts="x", variance=variance)
 
     return denoise
+
+
+def made(name, **fields):
+    return build(spec("sampler", name, **fields), "sampler")
 
 
 def run(sampler, steps, *, n=4000, denoise=None, seed=0, keep=0):
@@ -39,6 +44,12 @@ def test_moments(sampler, steps):
     z = np.asarray(run(sampler, steps))
     np.testing.assert_allclose(z.mean(), MEAN, atol=0.02)
     np.testing.assert_allclose(z.std(), STD, atol=0.02)
+
+
+def test_samplers_are_components():
+    multistep = ["dpm_solver_2m", "dpm_solver_pp_2m", "dpm_solver_pp_3m"]
+    assert names("sampler") == ["ddim", "ddpm", *multistep, "heun", "unipc"]
+    chex.assert_trees_all_equal(run(made("ddim", eta=0.5), 10, n=8), run(samplers.ddim(0.5), 10, n=8))
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_the_small_variance():
@@ -71,10 +82,7 @@ def test_order_of_convergence(name, order):
         errors.append(
             float(
                 jnp.abs(
-                    samplers.sample(
-                        gaussian_denoiser(), z, lambda i: jnp.zeros(()), steps, samplers.SAMPLERS[name](0.0)
-                    )
-                    - exact
+                    samplers.sample(gaussian_denoiser(), z, lambda i: jnp.zeros(()), steps, made(name)) - exact
                 ).max()
             )
         )
@@ -100,7 +108,7 @@ def test_the_long_last_step_of_a_continuous_schedule_is_not_extrapolated(name, s
 
     first = schedule(np.array([1.0]))
     exact = MEAN + STD * (z - first.alpha * MEAN) / np.sqrt(first.alpha**2 * STD**2 + first.sigma**2)
-    error = np.abs(run(samplers.SAMPLERS[name](0.0)) - exact).mean()
+    error = np.abs(run(made(name)) - exact).mean()
     assert error < np.abs(run(samplers.ddim(0.0)) - exact).mean() + 0.02, error
 
 

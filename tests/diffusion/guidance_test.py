@@ -192,7 +192,7 @@ def test_scales_are_per_picture():
 
 class DropTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    def test_a_share_is_withheld_together_and_by_example(self):
+    def test_a_share_is_dropped_together_and_by_example(self):
         n = 4000
         keys = jax.random.split(jax.random.key(0), n)
         cond = {"label": jnp.arange(n), "text": jnp.ones((n, 3), jnp.int32), "low_res": jnp.ones((n, 2))}
@@ -206,6 +206,30 @@ class DropTest(chex.TestCase):
         assert np.all(out["label"][~gone] == np.arange(n)[~gone])
         some = jax.tree.map(lambda a: a[10:20], cond)
         chex.assert_trees_all_equal(drop(some, keys[10:20]), jax.tree.map(lambda a: a[10:20], out))
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x"])
+def test_a_plain_function_makes_a_denoiser(predicts):
+    z, step, cond = inputs()
+    exact = denoiser(0.3, predicts)(z, step, **cond)
+
+    def network(z, time, *, label):
+        chex.assert_trees_all_equal((time, label), (step.t.time, cond["label"]))
+        return {"x": exact.x, "eps": exact.eps}[predicts]
+
+    chex.assert_trees_all_equal(guidance.denoiser_from(network, predicts, 0.3)(z, step, **cond), exact)
+
+
+def test_known_pixels_are_put_into_the_estimate():
+    z, step, _ = inputs(2)
+    picture, known = jnp.full(z.shape, -0.5), jnp.zeros(z.shape).at[:, 0, 0].set(1)
+
+    def denoise(z, step, **cond):
+        return process.predict(jnp.full_like(z, 0.9), z, step, predicts="x", variance="fixed_small")
+
+    p = guidance.insert_known()(denoise)(z, step, inpaint=augment.masked(picture, known))
+    np.testing.assert_allclose(p.x, jnp.where(known > 0, -0.5, 0.9), rtol=1e-6)
+    np.testing.assert_allclose(process.diffuse(p.x, step.t, p.eps), z, atol=1e-5)
 
 
 def test_cross_entropy_against_numpy():

@@ -1,4 +1,4 @@
-"""How training draws noise levels: distributions, weights, and independence of how a batch is cut."""
+"""How training draws noise levels: distributions, weights, and independence of how a batch is sharded."""
 
 import chex
 import jax
@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffax.components import build, names, spec
 from diffax.diffusion import timesteps
+from diffax.errors import UserError
 
 
 def draw(sampler, n, state=None, seed=0):
@@ -15,9 +17,13 @@ def draw(sampler, n, state=None, seed=0):
     return sampler.draw(state, keys, jnp.arange(n), n)
 
 
+def made(name, num_timesteps):
+    return build(spec("timesteps", name), "timesteps", num_timesteps=num_timesteps)
+
+
 @pytest.mark.parametrize("name", ["uniform", "stratified", "loss_second_moment"])
 def test_every_step_is_drawn_equally_often_at_first(name):
-    u, weight = draw(timesteps.TIMESTEPS[name](10), 20_000)
+    u, weight = draw(made(name, 10), 20_000)
     index = np.rint(np.asarray(u) * 10).astype(int)
     counts = np.bincount(index, minlength=11)[1:]
     assert counts.sum() == 20_000 and counts.min() > 1700 and counts.max() < 2300
@@ -26,7 +32,7 @@ def test_every_step_is_drawn_equally_often_at_first(name):
 
 @pytest.mark.parametrize("name", ["uniform", "stratified"])
 def test_continuous_draws_fill_the_interval(name):
-    u = np.sort(draw(timesteps.TIMESTEPS[name](0), 4000)[0])
+    u = np.sort(draw(made(name, 0), 4000)[0])
     assert 0 <= u[0] < 0.01 and 0.99 < u[-1] <= 1
     assert abs(u.mean() - 0.5) < 0.02
 
@@ -37,8 +43,8 @@ def test_stratified_puts_one_draw_into_each_part():
 
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "loss_second_moment"])
-def test_draws_do_not_depend_on_how_the_batch_is_cut(name):
-    sampler = timesteps.TIMESTEPS[name](50)
+def test_draws_do_not_depend_on_how_the_batch_is_sharded(name):
+    sampler = made(name, 50)
     keys = jax.random.split(jax.random.key(3), 8)
     whole = sampler.draw(sampler.init(), keys, jnp.arange(8), 8)
     parts = [sampler.draw(sampler.init(), keys[i : i + 2], jnp.arange(i, i + 2), 8) for i in range(0, 8, 2)]
@@ -68,6 +74,19 @@ class HistoryTest(chex.TestCase):
         np.testing.assert_allclose(np.bincount(index) / len(index), want, atol=0.01)
         f = np.array([3.0, -1.0, 2.0, 0.0, 5.0])
         np.testing.assert_allclose(np.mean(f[index] * np.asarray(weight)), f.mean(), atol=0.06)
+
+
+def test_components_have_no_field_for_the_length_of_the_chain():
+    assert names("timesteps") == ["loss_second_moment", "stratified", "uniform"]
+    assert dict(spec("timesteps", "uniform")) == {"name": "uniform"}
+    assert dict(spec("timesteps", "loss_second_moment")) == {
+        "name": "loss_second_moment", "history": 10, "uniform_prob": 0.001,
+    }  # fmt: skip
+
+
+def test_a_history_needs_discrete_steps():
+    with pytest.raises(UserError, match="timesteps: loss_second_moment needs a schedule of discrete steps"):
+        made("loss_second_moment", 0)
 
 
 def test_uniform_until_every_step_has_its_history():

@@ -6,7 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffax.components import build, names, spec
 from diffax.diffusion import schedules
+from diffax.errors import UserError
+
+CHAINS_BY_NAME = {
+    "linear": schedules.linear_betas,
+    "quad": schedules.quad_betas,
+    "const": schedules.const_betas,
+    "warmup10": lambda count: schedules.warmup_betas(count, fraction=0.1),
+    "warmup50": lambda count: schedules.warmup_betas(count, fraction=0.5),
+    "jsd": schedules.jsd_betas,
+    "cosine": schedules.cosine_betas,
+}
 
 
 def reference(betas):
@@ -16,13 +28,15 @@ def reference(betas):
     return ab, prev, betas * (1 - prev) / (1 - ab)
 
 
-@pytest.mark.parametrize("name", sorted(schedules.BETAS))
+@pytest.mark.parametrize("name", sorted(CHAINS_BY_NAME))
 @pytest.mark.parametrize("steps", [40, 1000])
 def test_tables_equal_the_papers_equations(name, steps):
-    betas = schedules.BETAS[name](steps, 1e-4, 0.02)
+    betas = CHAINS_BY_NAME[name](steps)
     assert betas.shape == (steps,) and betas.dtype == np.float64
     ab, _, posterior_variance = reference(betas)
-    table = schedules.respaced(schedules.discrete(betas), steps)[::-1]
+    schedule = build(spec("schedule", name, num_timesteps=steps), "schedule")
+    assert schedule.num_timesteps == steps
+    table = schedules.build_steps(schedule, "")[::-1]
     np.testing.assert_allclose(jax.nn.sigmoid(table.t.logsnr), ab, rtol=2e-6, atol=1e-30)
     np.testing.assert_allclose(np.exp(table.max_logvar), betas, rtol=2e-6)
     np.testing.assert_allclose(np.exp(table.min_logvar[1:]), posterior_variance[1:], rtol=5e-6)
@@ -55,7 +69,7 @@ def test_betas_outside_the_unit_interval_are_refused(betas):
 @pytest.mark.parametrize("make", [lambda: schedules.discrete(schedules.linear_betas(100)), schedules.cosine_logsnr])
 def test_host_and_device_agree(make):
     schedule, u = make(), np.arange(1, 101) / 100
-    host, device = schedule(u), jax.jit(schedule)(jnp.asarray(u, jnp.float32))
+    host, device = schedule(u), jax.jit(schedule.level)(jnp.asarray(u, jnp.float32))
     np.testing.assert_allclose(host.logsnr, device.logsnr, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(host.time, device.time, rtol=1e-5)
     assert np.all(np.diff(host.logsnr) < 0), "more u, more noise"
@@ -140,8 +154,8 @@ STEPS = [(1000, n) for n in (1, 2, 3, 7, 10, 50, 333, 999, 1000)] + [(40, 13), (
 @pytest.mark.parametrize("steps, count", STEPS)
 def test_a_grid_keeps_different_steps_from_the_noisiest_down(betas, grid, steps, count):
     # Short chains take the first betas of a longer one: linear betas for so few steps would exceed 1.
-    schedule = schedules.discrete(schedules.BETAS[betas](max(steps, 40), 1e-4, 0.02)[:steps])
-    table = schedules.build_steps(schedule, steps, f"{grid}{count}")
+    schedule = schedules.discrete(CHAINS_BY_NAME[betas](max(steps, 40))[:steps])
+    table = schedules.build_steps(schedule, f"{grid}{count}")
     time = np.asarray(table.t.time)
     assert time.shape == (count,) and time[0] == steps - 1
     assert np.all(time == np.rint(time)) and np.all(np.diff(time) < 0) and time[-1] >= 0
@@ -196,7 +210,7 @@ def nearest_to_even_logsnr(betas, count):
 @pytest.mark.parametrize("name", ["linear", "cosine", "quad", "const"])
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_even_logsnr_of_a_chain_takes_the_nearest_steps(name, count):
-    betas = schedules.BETAS[name](1000, 1e-4, 0.02)
+    betas = CHAINS_BY_NAME[name](1000)
     nearest = nearest_to_even_logsnr(betas, count)
     assert len(set(nearest.tolist())) == count, "none collide"
     table = schedules.respaced(schedules.discrete(betas), 1000, f"logsnr{count}")
@@ -224,14 +238,14 @@ def cosine_logsnr_at(u):
 def test_continuous_steps_equal_the_formulas(count):
     schedule, even = schedules.cosine_logsnr(), 1 - np.arange(count) / (count - 1)
     for choice, u in ((f"{count}", even), (f"quad{count}", even**2)):
-        table = schedules.build_steps(schedule, 0, choice)
+        table = schedules.build_steps(schedule, choice)
         np.testing.assert_allclose(table.t.time, 1000 * u, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(table.t.logsnr, cosine_logsnr_at(u), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 256])
 def test_even_logsnr_of_a_continuous_schedule(count):
-    table = schedules.build_steps(schedules.cosine_logsnr(), 0, f"logsnr{count}")
+    table = schedules.build_steps(schedules.cosine_logsnr(), f"logsnr{count}")
     np.testing.assert_allclose(table.t.logsnr, np.linspace(-20, 20, count), rtol=0, atol=2e-3)
     # The clock is the one of these log-SNRs: tan is inverted by arctan, not read off a table.
     b = np.arctan(np.exp(-10.0))
@@ -262,7 +276,7 @@ def test_continuous_quadratic_steps_are_denser_near_the_data():
 )
 def test_continuous_steps_refuses(choice):
     with pytest.raises(ValueError, match="'N', 'quadN' or 'logsnrN' for a continuous schedule"):
-        schedules.build_steps(schedules.cosine_logsnr(), 0, choice)
+        schedules.build_steps(schedules.cosine_logsnr(), choice)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +284,7 @@ def test_continuous_steps_refuses(choice):
 )
 def test_grids_of_a_chain_refuse(choice):
     with pytest.raises(ValueError, match="steps"):
-        schedules.build_steps(schedules.discrete(schedules.linear_betas(1000)), 1000, choice)
+        schedules.build_steps(schedules.discrete(schedules.linear_betas(1000)), choice)
 
 
 @pytest.mark.parametrize("u", [[0.5, 0.6], [0.5, 0.5], [], [1.2, 0.1], [0.5, -0.1]])
@@ -324,7 +338,7 @@ class ContinuousTest(chex.TestCase):
         u = np.concatenate([[0.0, 1.0], np.random.default_rng(0).uniform(0, 1, 300)])
         for betas in CHAINS.values():
             schedule = schedules.continuous(betas)
-            device = self.variant(schedule)(jnp.asarray(u, jnp.float32))
+            device = self.variant(schedule.level)(jnp.asarray(u, jnp.float32))
             host = schedule(np.float32(u).astype(np.float64))
             assert np.isposinf(host.logsnr[0]) and np.isposinf(device.logsnr[0]), "u = 0 is clean data"
             assert device.is_clean.tolist() == [True] + [False] * (len(u) - 1)
@@ -336,7 +350,7 @@ class ContinuousTest(chex.TestCase):
 @pytest.mark.parametrize("choice", ["1", "2", "10", "100", "quad10", "quad100", "logsnr2", "logsnr10", "logsnr100"])
 def test_steps_of_a_continuous_chain_end_clean(name, choice):
     betas = CHAINS[name]
-    table = schedules.build_steps(schedules.continuous(betas), 0, choice)
+    table = schedules.build_steps(schedules.continuous(betas), choice)
     count = int(choice.lstrip("quadlogsnr"))
     assert table.t.time.shape == (count,)
     np.testing.assert_allclose(table.t.time[0], 1000 * np.sqrt(np.prod(1 - betas)), rtol=1e-5)
@@ -363,14 +377,35 @@ def test_continuous_needs_betas_below_1(betas):
 
 
 def test_a_config_chooses_whether_a_chain_is_continuous():
-    c = {"name": "linear", "steps": 2000, "beta_start": 2e-6, "beta_end": 0.02, "rescale_time": False}
-    schedule, steps = schedules.build(c | {"continuous": True})
-    assert steps == 0
+    c = spec("schedule", "linear", num_timesteps=2000, beta_start=2e-6, beta_end=0.02, continuous=True)
+    schedule = build(c, "schedule")
+    assert schedule.num_timesteps == 0
     u = np.array([0.1234, 1.0])
     np.testing.assert_allclose(schedule(u).time, 1000 * alphas_between(SR3, u), rtol=1e-9)
-    schedule, steps = schedules.build(c | {"continuous": False})
-    assert steps == 2000
+    c.continuous = False
+    schedule = build(c, "schedule")
+    assert schedule.num_timesteps == 2000
     np.testing.assert_allclose(schedule(u).time, [246, 1999])
+
+
+def test_every_schedule_has_a_component():
+    assert names("schedule") == sorted([*CHAINS_BY_NAME, "cosine_logsnr"])
+    schedule = build(spec("schedule", "cosine_logsnr", logsnr_min=-10.0), "schedule")
+    assert schedule.num_timesteps == 0 and schedule.level(np.ones(1)).logsnr.round(6) == [-10]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("linear", {"beta_start": 0.5}, "stage.schedule: beta_start must not exceed beta_end, got 0.5 and 0.02"),
+        ("quad", {"beta_end": 0.0}, r"stage.schedule.beta_end must be a number in \(0, 1\], got 0.0"),
+        ("cosine", {"num_timesteps": 0}, "stage.schedule.num_timesteps must be a whole number in"),
+        ("cosine_logsnr", {"logsnr_min": 20.0}, "stage.schedule: logsnr_min must be below logsnr_max"),
+    ],
+)
+def test_fields_that_make_no_schedule_are_refused(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        build(spec("schedule", name, **fields), "schedule", path="stage.schedule")
 
 
 # ---- stopping on the way
@@ -379,7 +414,7 @@ def test_a_config_chooses_whether_a_chain_is_continuous():
 @pytest.mark.parametrize("choice", ["", "50", "logsnr20"])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_until_keeps_the_steps_before_a_level(name, choice):
-    schedule = schedules.discrete(schedules.BETAS[name](1000, 1e-4, 0.02))
+    schedule = schedules.discrete(CHAINS_BY_NAME[name](1000))
     table = schedules.respaced(schedule, 1000, choice)
     for i in range(0, 1000, 111):
         logsnr = float(schedule(np.array([(i + 1) / 1000])).logsnr[0])
@@ -393,6 +428,18 @@ def test_until_keeps_the_steps_before_a_level(name, choice):
         assert kept.s.logsnr[-1] <= logsnr + 1e-3 < table.s.logsnr[count], "no cleaner, and as near as the steps allow"
         if not choice:
             np.testing.assert_allclose([kept.s.time[-1], count], [i, 999 - i])
+
+
+@pytest.mark.parametrize(("share", "count"), [(1, 10), (0.5, 5), (0.25, 2), (0.01, 1)])
+def test_final_part_keeps_the_cleanest_steps(share, count):
+    table = schedules.respaced(schedules.discrete(schedules.cosine_betas(100)), 100, 10)
+    chex.assert_trees_all_equal(schedules.final_part(table, share), table[10 - count :])
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
+def test_final_part_refuses(share):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        schedules.final_part(schedules.respaced(schedules.discrete(schedules.cosine_betas(100)), 100, 10), share)
 
 
 def test_until_the_end_keeps_all():

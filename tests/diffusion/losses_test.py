@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from diffax.components import build, names, spec
 from diffax.diffusion import guidance, losses, process, samplers, schedules
 
 CHAIN = schedules.discrete(schedules.linear_betas(100))
@@ -62,6 +63,21 @@ def test_simple_is_zero_for_the_target_and_else_the_squared_error(predicts):
     loss, terms = losses.simple()(out + 0.5, b, predicts=predicts, variance="fixed_small")
     np.testing.assert_allclose(loss, 0.25, rtol=1e-5)
     chex.assert_shape(terms["mse"], (3,))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "required"),
+    [("simple", {}, None), ("vlb", {"weight": 1.0}, (True, True, False)), ("hybrid", {"weight": 1.0}, (True,) * 3)],
+)
+def test_a_loss_says_what_it_requires(name, fields, required):
+    assert names("loss") == ["hybrid", "simple", "vlb"]
+    section = spec("loss", name)
+    assert dict(section) == {"name": name} | fields
+    loss = build(section, "loss")
+    if required is None:
+        assert not hasattr(loss, "discrete")
+    else:
+        assert (loss.discrete, loss.trains_variance, loss.needs_variance) == required
 
 
 def test_hybrid_trains_the_mean_by_simple_alone_and_the_variance_by_the_bound_alone():

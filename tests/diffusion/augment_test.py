@@ -166,10 +166,10 @@ class CropTest(chex.TestCase):
         small = augment.area_downsample(x, factor)
 
         @self.variant
-        def cut(x, small, keys):
+        def crop(x, small, keys):
             return augment.crop_together(x, small, keys, side=side)
 
-        window, small_window = cut(x, small, keys_of(n))
+        window, small_window = crop(x, small, keys_of(n))
         chex.assert_shape((window, small_window), [(n, side, side, 2), (n, side // factor, side // factor, 2)])
         np.testing.assert_allclose(augment.area_downsample(window, factor), small_window, atol=1e-6)
         corners = np.asarray(window[:, 0, 0]).astype(int)
