@@ -17,7 +17,7 @@ from typing import Any
 from diffax.data import image_ops
 from diffax.data.prepared import read_prepared
 from diffax.data.progress import progress
-from diffax.data.source import Data, Source, Splits
+from diffax.data.source import Source, Splits
 from diffax.errors import RunError, UserError
 
 
@@ -55,7 +55,7 @@ class Recipe:
 
 def built(
     recipe: Recipe, *, split: str = "train", data_dir: str = "", archive_dir: str = "", label: str = "label"
-) -> Data:
+) -> Splits:
     """The data of a recipe, prepared when they are opened for the first time.
 
     Args:

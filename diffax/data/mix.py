@@ -10,7 +10,7 @@ from diffax.data.source import Data, Source, can_caption, captioned
 from diffax.errors import UserError
 
 MAX_WEIGHT = 1000
-_PART = re.compile(r"\s*(?:(\d+)\s+)?(\S+)\s*(.*?)\s*", re.DOTALL)
+_PART = re.compile(r"\s*(?:(\d+)\s+)?([A-Za-z_][\w.:]*)\s*(.*?)\s*", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _part(text: str, shared: dict[str, str]) -> tuple[int, Data]:
     """Weight and data of one part; it gets those of the shared fields that it has."""
     found = _PART.fullmatch(text)
     weight, name, path = found.groups() if found else ("", "", "")
-    if not name or name == "mix" or not 0 < int(weight or 1) <= MAX_WEIGHT:
+    if name in ("", "mix") or not 0 < int(weight or 1) <= MAX_WEIGHT:
         raise UserError(
             f"not a part of a mix: {text.strip()!r}; data.parts; separate parts by commas, each [WEIGHT] NAME [PATH] "
             f"with a whole weight of 1 to {MAX_WEIGHT}, as in '2 digits, captions /birds'"

@@ -253,9 +253,10 @@ def shapes(
     if limited and split not in (*RANGES, "holdout"):
         raise ValueError(f"holdout and single need a whole split, 'train', 'test' or 'holdout', got {split!r}")
 
+    whole = built(RECIPE, data_dir=data_dir, label=label)
+
     def load(shape: Sequence[int], split: str) -> Source:
-        stored = "train" if split == "holdout" else split
-        source = built(RECIPE, split=stored, data_dir=data_dir, label=label).open(shape)
+        source = whole.load(shape, "train" if split == "holdout" else split)
         return _limited(source, split, holdout, single) if limited else source
 
     return Splits(load, split, "test")
