@@ -1,10 +1,9 @@
-"""Image embeddings of a dataset, computed once by a job that can be interrupted, and read in place of its pictures.
+"""Image embeddings of a data set, computed once by a job that can be interrupted, and read in place of its pictures.
 
 A folder holds `embeddings.json`, which says what they are of, and files of a few thousand records each, an embedding
 and its captions. A file is there whole or not at all.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,13 +11,12 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from diffax.data.pipeline import batches
+from diffax.data.files import replacing
+from diffax.data.pipeline import Column, Loader, batches
 from diffax.data.source import Source, can_caption, captioned
-from diffax.errors import RunError, UserError
+from diffax.errors import UserError
 
 LISTING = "embeddings.json"
 SHARD = 4096
@@ -27,7 +25,7 @@ SHARD = 4096
 def write_embeddings(
     path: str | os.PathLike[str],
     source: Source,
-    data: Mapping[str, Any],
+    loader: Loader | Mapping[str, Any] | Any,
     *,
     shape: Sequence[int],
     embed: Callable[[np.ndarray], np.ndarray],
@@ -42,10 +40,10 @@ def write_embeddings(
     Args:
       path: the folder.
       source: the data; all captions of a picture are kept.
-      data: the `data` section that it was loaded from.
-      shape: (height, width, channels) that `embed` takes.
+      loader: how to read it, see `batches`.
+      shape: (height, width, channels) of the pictures that `embed` gets.
       embed: pictures [n, *shape] in [-1, 1] -> [n, E] float32.
-      clip: what tells the network from others.
+      clip: what identifies the network.
       batch_size: pictures at once.
       process_index, process_count: each of several processes makes every process_count-th file.
       shard: records in a file.
@@ -69,22 +67,9 @@ def write_embeddings(
         file, first = folder / _name(number), number * shard
         if not file.exists():
             part = _slice(source, first, min(shard, len(source) - first))
-            stream = batches(
-                part,
-                data,
-                shape=shape,
-                batch_size=batch_size,
-                seed=0,
-                keys=("captions",) * named,
-                train=False,
-            )
-            rows = [
-                np.asarray(row, np.float32).tobytes() + text.encode()
-                for batch in stream
-                for row, text in zip(
-                    embed(batch["image"]), batch.get("captions", [""] * len(batch["image"])), strict=True
-                )
-            ]
+            columns = {"captions": Column("captions")}
+            stream = batches(part, loader, shape=shape, batch_size=batch_size, seed=0, columns=columns, train=False)
+            rows = [row for batch in stream for row in _rows(embed(batch["image"]), batch["captions"], named)]
             _write(file, lambda name, rows=rows: _write_records(name, rows))
         yield done, len(own)
 
@@ -95,6 +80,8 @@ def embedded(path: str | os.PathLike[str], *, clip: str, size: int) -> Source:
     Raises:
       UserError: the folder lacks a file, or holds embeddings by another network.
     """
+    import grain
+
     folder = pathlib.Path(path)
     about = _read(folder)
     _agree(folder, {"clip": clip}, about)
@@ -136,7 +123,7 @@ def with_embeddings(source: Source, embeddings: Source) -> Source:
     if (source.name, len(source)) != (embeddings.name, len(embeddings)):
         raise UserError(
             f"the embeddings are of {embeddings.name} with {len(embeddings)} records, the data are {source.name} with "
-            f"{len(source)}; data.embeddings; embed these data into another folder"
+            f"{len(source)}; loader.embeddings; embed these data into another folder"
         )
 
     def read(index: int) -> dict[str, Any]:
@@ -162,8 +149,15 @@ def _slice(source: Source, first: int, count: int) -> Source:
     )
 
 
+def _rows(embeddings: np.ndarray, captions: Sequence[str], named: bool) -> Iterator[bytes]:
+    for embedding, text in zip(embeddings, captions, strict=True):
+        yield np.asarray(embedding, np.float32).tobytes() + (text.encode() if named else b"")
+
+
 def _write_records(name: str, rows: Sequence[bytes]) -> None:
-    # one record a group, so that each is read alone
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    # One record a group, so that each is read alone.
     writer = ArrayRecordWriter(name, "group_size:1")
     try:
         for row in rows:
@@ -174,16 +168,11 @@ def _write_records(name: str, rows: Sequence[bytes]) -> None:
 
 def _write(path: pathlib.Path, write: Callable[[str], object]) -> None:
     """Has a new file written that then takes `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(str(temporary))
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {path.name}: {error}; {path.parent}; free the space or choose another") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path) as temporary:
+        try:
+            write(str(temporary))
+        except RuntimeError as error:  # of the C++ writer
+            raise OSError(str(error)) from error
 
 
 def _read(folder: pathlib.Path) -> dict[str, Any]:
@@ -191,7 +180,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         return json.loads((folder / LISTING).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there are no embeddings ({error}); data.embeddings={str(folder)!r}; make them with --mode=embed"
+            f"there are no embeddings ({error}); loader.embeddings={str(folder)!r}; make them with --mode=embed"
         ) from None
 
 

@@ -4,22 +4,45 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from diffax.components import RUNTIME, TRAINING, component
 from diffax.data import image_ops
-from diffax.data.source import Source
+from diffax.data.source import Data, Source, Splits
 from diffax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SPLITS = ("train", "test", "val", "valid", "validation")
-# No text encoder reads more than a few hundred tokens; a file can be any size.
+# No text encoder takes more than a few hundred tokens; a file can be any size.
 MAX_CAPTION = 4096
 MAX_CAPTIONS = 64
 
 
-def folder(path: str, split: str, channels: int) -> Source:
+@component("data", "folder")
+def folder(*, path: Annotated[str, RUNTIME] = "", split: Annotated[str, TRAINING] = "train") -> Data:
+    """Images below a folder, their classes the names of its sub-folders.
+
+    Args:
+      path: of the folder.
+      split: one of its sub-folders, if these are called train, test or val; else 'train'.
+    """
+    return Splits(lambda shape, split: read_folder(path, split, shape[2]), split)
+
+
+@component("data", "captions")
+def captions(*, path: Annotated[str, RUNTIME] = "", split: Annotated[str, TRAINING] = "train") -> Data:
+    """Images with captions, from `metadata.jsonl` or from a text file beside every image.
+
+    Args:
+      path: of the folder.
+      split: one of its sub-folders, if these are called train, test or val; else 'train'.
+    """
+    return Splits(lambda shape, split: read_captions(path, split, shape[2]), split)
+
+
+def read_folder(path: str, split: str, channels: int) -> Source:
     """Images below a folder, in the order of their relative names.
 
     The first sub-folder on the way to an image is its class; classes are numbered in the order of
@@ -51,7 +74,7 @@ def folder(path: str, split: str, channels: int) -> Source:
     )
 
 
-def captions(path: str, split: str, channels: int) -> Source:
+def read_captions(path: str, split: str, channels: int) -> Source:
     """Images with one or more captions each, from `metadata.jsonl` or from a text file beside every image.
 
     A line of `metadata.jsonl` is {"file_name": "img/1.png", "text": "..."}, where "text" ("caption" will do) can also

@@ -1,4 +1,4 @@
-"""Bytes to pixels, and pixels to the size a network wants: the recipe of ADM's data loader.
+"""Bytes to pixels, and pixels to the size a network needs: the recipe of ADM's data loader.
 
 Everything here is a pure function of uint8 arrays [h, w, c]; randomness comes in as a numpy
 generator.
@@ -8,6 +8,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -180,6 +181,23 @@ def as_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
     return _to_array(Image.open(stream), pixels.shape[-1])
 
 
+def jpeg_smaller(factor: int, quality_range: tuple[int, int], *, name: str = "low_res") -> Callable:
+    """An `edit` of `diffax.data.pipeline`: adds the picture `factor` times smaller, as a JPEG file shows it.
+
+    Args:
+      factor: how much smaller.
+      quality_range: lowest and highest quality, 1 to 100; drawn evenly for every picture.
+      name: of the smaller picture in a batch.
+    """
+    low, high = quality_range
+
+    def edit(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        quality = int(rng.integers(low, high + 1))
+        return pixels, {name: smaller(pixels, factor, jpeg_quality=quality)}
+
+    return edit
+
+
 # ---- the degradations of BSRGAN --------------------------------------------------------------------------------------
 
 
@@ -202,6 +220,27 @@ class Degradation(NamedTuple):
 
 
 DEGRADATIONS = {"bsr": Degradation(), "bsr_light": Degradation(1, 0.25, (2, 7), (1, 2), (80, 95))}
+
+
+def degraded(factor: int, kind: str, crop: int = 0, *, name: str = "low_res") -> Callable:
+    """An `edit` of `diffax.data.pipeline`: adds the picture `factor` times smaller, degraded; see `degrade`.
+
+    Args:
+      factor: how much smaller.
+      kind: a key of `DEGRADATIONS`.
+      crop: side of the window that the picture is first cut to, at random; 0 for all of it.
+      name: of the degraded picture in a batch.
+    """
+    how = DEGRADATIONS[kind]
+
+    def edit(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        # Degrading costs far more than cropping, so crop first.
+        size = (crop, crop) if crop else pixels.shape[:2]
+        top, left = (int(rng.integers(side - cut + 1)) for side, cut in zip(pixels.shape, size, strict=False))
+        pixels = pixels[top : top + size[0], left : left + size[1]]
+        return pixels, {name: degrade(pixels, factor, rng, how)}
+
+    return edit
 
 
 def degrade(pixels: np.ndarray, factor: int, rng: np.random.Generator, how: Degradation) -> np.ndarray:

@@ -1,14 +1,13 @@
-"""Pictures: float <-> uint8, grids, PNG files, ADM's sample files, loss curves (leaf)."""
+"""Pictures: float <-> uint8, enlarging and tiles, grids, PNG files, ADM's sample files."""
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from diffax.data.files import write_atomically
 from diffax.errors import RunError, UserError
 
 _TILE = 48  # Pixels; smaller images are enlarged to about this in a grid.
@@ -19,11 +18,11 @@ def to_uint8(x: np.ndarray, *, nearest: bool = False) -> np.ndarray:
     """Images in [-1, 1] as bytes: (x + 1) * 127.5, clipped and truncated, as OpenAI's samplers do.
 
     Args:
-        x: float [...], nominally in [-1, 1]; values outside are clipped.
-        nearest: round instead, as a stage does with the smaller picture that it enlarges.
+      x: float [...], nominally in [-1, 1]; values outside are clipped.
+      nearest: round instead, as a stage does with the smaller picture that it enlarges.
 
     Returns:
-        uint8 of the same shape.
+      uint8 of the same shape.
     """
     scaled = np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255)
     return (np.round(scaled) if nearest else scaled).astype(np.uint8)
@@ -58,12 +57,12 @@ def tile_corners(size: tuple[int, int], tile: int, *, overlap: int) -> tuple[lis
     """Where tiles lie that cover a picture.
 
     Args:
-        size: (height, width).
-        tile: side of a tile.
-        overlap: pixels that neighbours share.
+      size: (height, width).
+      tile: side of a tile.
+      overlap: pixels that neighbours share.
 
     Returns:
-        The (top, left) of every tile, and the (height, width) that they cover, at least `size`.
+      The (top, left) of every tile, and the (height, width) that they cover, at least `size`.
     """
     stride = tile - overlap
     counts = [max(1, -(-(side - overlap) // stride)) for side in size]
@@ -96,8 +95,8 @@ def check_finite(images: np.ndarray, first_index: int = 0) -> None:
     """Raises RunError that names the first image with a NaN or an infinity.
 
     Args:
-        images: float [N, ...].
-        first_index: number of `images[0]` among all samples.
+      images: float [N, ...].
+      first_index: number of `images[0]` among all samples.
     """
     finite = np.isfinite(np.asarray(images)).reshape(len(images), -1).all(1)
     if not finite.all():
@@ -115,14 +114,14 @@ def grid(
     """Tiles images row by row on white, each over its label.
 
     Args:
-        images: uint8 [N, H, W, 1 or 3], N >= 1.
-        columns: tiles in a row; a last row may be short.
-        labels: N texts or None; what is wider than its tile goes on below, for up to six lines, and is cut then.
-        pad: pixels of white around each tile.
-        scale: integer nearest-neighbour enlargement; None makes small tiles about 48 pixels.
+      images: uint8 [N, H, W, 1 or 3], N >= 1.
+      columns: tiles in a row; a last row may be short.
+      labels: N texts or None; what is wider than its tile goes on below, for up to six lines, and is cut then.
+      pad: pixels of white around each tile.
+      scale: integer nearest-neighbour enlargement; None makes small tiles about 48 pixels.
 
     Returns:
-        uint8 [height, width, 3].
+      uint8 [height, width, 3].
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -180,30 +179,6 @@ def _caption(lines: Sequence[str], font: ImageFont.FreeTypeFont, size: tuple[int
     return np.asarray(strip)[:, :, None].repeat(3, 2)
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(file)` on a new file that then takes `path`: readers see all of it or nothing.
-
-    Raises:
-        RunError: it cannot be written; an older file at `path` stays.
-    """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise RunError(
-                f"cannot write {path.name}: {error.strerror or error}; {path.parent}; "
-                "free the space or choose another --workdir"
-            ) from error
-        raise
-
-
 def save_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Writes uint8 [H, W, 1 or 3] (or [H, W]) as PNG, atomically; makes missing folders."""
     array = np.asarray(array)
@@ -220,7 +195,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Transparent pixels are laid over white; 16-bit greys keep their 8 high bits.
 
     Raises:
-        UserError: there is no such file, it is no image, or it has more than 64 megapixels.
+      UserError: there is no such file, it is no image, or it has more than 64 megapixels.
     """
     try:
         with Image.open(path) as image:
@@ -250,12 +225,12 @@ def save_npz(directory: str | os.PathLike[str], images: np.ndarray, labels: np.n
     """Writes `samples_{N}x{H}x{W}x3.npz` in ADM's layout, which its evaluation suites read.
 
     Args:
-        directory: folder of the file.
-        images: uint8 [N, H, W, 1 or 3] -> `arr_0` [N, H, W, 3].
-        labels: int [N] -> `arr_1` int64; None leaves it out.
+      directory: folder of the file.
+      images: uint8 [N, H, W, 1 or 3] -> `arr_0` [N, H, W, 3].
+      labels: int [N] -> `arr_1` int64; None leaves it out.
 
     Returns:
-        Path of the file.
+      Path of the file.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -276,7 +251,7 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | Non
     """Reads such a file: (uint8 [N, H, W, 3], int64 [N] or None); never unpickles.
 
     Raises:
-        UserError: there is no such file, or it holds anything else.
+      UserError: there is no such file, or it holds anything else.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -293,89 +268,3 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | Non
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise UserError(f"arr_1 is {labels.dtype} {labels.shape}; {path}; expected int [{len(images)}]")
     return images, None if labels is None else labels.astype(np.int64)
-
-
-def loss_curve(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> None:
-    """Draws metrics against the step as a PNG: faint as logged, bold smoothed.
-
-    The axis is logarithmic where every shown value is positive.
-
-    Args:
-        path: file to write.
-        rows: rows of metrics.jsonl; null and absent values are passed over.
-        keys: metrics to draw.
-
-    Raises:
-        UserError: no row has a value for any of `keys`.
-    """
-    rows = list(rows)
-    curves = {}
-    for key in keys:
-        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-        if points:
-            curves[key] = np.array(points, np.float64).T
-    if not curves:
-        raise UserError(f"no metrics to draw among {', '.join(keys)}; {path}; train longer or log more often")
-    figure, (axes,) = _figure(("step", next(iter(curves)) if len(curves) == 1 else "value"))
-    logarithmic = all((values > 0).all() for _, values in curves.values())
-    for key, (steps, values) in curves.items():
-        smooth = _smooth(np.log(values) if logarithmic else values)
-        (line,) = axes.plot(steps, np.exp(smooth) if logarithmic else smooth, label=key, linewidth=2)
-        axes.plot(
-            steps, values, color=line.get_color(), alpha=0.25, linewidth=1, marker="." if len(steps) < 50 else None
-        )
-    axes.set_yscale("log" if logarithmic else "linear")
-    axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-class Panel(NamedTuple):
-    """One coordinate system of `line_plots`.
-
-    Attributes:
-        xlabel: what x is, with its unit; ylabel: what y is.
-        curves: {name: (x [N], y [N])}; a legend tells several apart.
-        notes: N texts to write beside the points of every curve, or None.
-    """
-
-    xlabel: str
-    ylabel: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    notes: Sequence[str] | None = None
-
-
-def line_plots(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
-    """Draws panels side by side as a PNG; points are marked where a curve has few."""
-    figure, all_axes = _figure(*((panel.xlabel, panel.ylabel) for panel in panels))
-    for axes, panel in zip(all_axes, panels, strict=True):
-        for name, (x, y) in panel.curves.items():
-            axes.plot(x, y, linewidth=2, marker="o" if len(x) < 30 else None, label=name)
-            for point in zip(panel.notes or (), x, y, strict=False):
-                axes.annotate(point[0], point[1:], xytext=(4, 4), textcoords="offset points", fontsize=8)
-        if len(panel.curves) > 1:
-            axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-def _figure(*labels: tuple[str, str]):
-    """(figure, [axes for each pair of labels]) that need no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8 if len(labels) == 1 else 5 * len(labels), 4.5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(labels), squeeze=False)[0]
-    for axes, (xlabel, ylabel) in zip(all_axes, labels, strict=True):
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid(alpha=0.3, which="both")
-    return figure, all_axes
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve; the ends use what there is."""
-    half = len(values) // 40
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    i = np.arange(len(values))
-    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)

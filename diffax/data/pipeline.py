@@ -4,17 +4,18 @@ Neither the number of hosts nor the number of reader threads nor where a run was
 batch, so a checkpoint needs the step and no state of the reader.
 """
 
+import dataclasses
 import itertools
 import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
-import grain
 import numpy as np
 
+from diffax.components import RUNTIME, TRAINING, In
 from diffax.data import image_ops
 from diffax.data.source import Source, captioned
 from diffax.errors import RunError, UserError
@@ -24,10 +25,53 @@ log = logging.getLogger("diffax.data")
 # Grain needs a length where we mean "for ever".
 _ENDLESS = 2**48
 
+# (uint8 pixels [h, w, c], generator) -> (the pixels to learn, {name: another uint8 picture that goes with them})
+Edit = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, Mapping[str, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """How a source is read; the fields of a config's `loader` group.
+
+    Attributes:
+      flip: mirror half of the pictures. That makes captions such as 'left of' wrong.
+      crop: 'center', or 'random': windows of 80% to all of the smaller side.
+      max_bad: unreadable records before the run fails.
+      workers: reader threads; 0 chooses.
+      shuffle_seed: of the order, besides the seed of the run.
+      embeddings: folder of image embeddings, made by --mode=embed; '' if there are none.
+    """
+
+    flip: Annotated[bool, TRAINING] = False
+    crop: Annotated[Literal["center", "random"], TRAINING] = "center"
+    max_bad: Annotated[int, In(0), RUNTIME] = 100
+    workers: Annotated[int, In(0, 1024), RUNTIME] = 0
+    shuffle_seed: Annotated[int, In(0, 2**31 - 1), TRAINING] = 0
+    embeddings: Annotated[str, RUNTIME] = ""
+
+
+def as_array(values: Sequence[Any]) -> np.ndarray:
+    """Values of a column as an array: int32 of whole numbers, float32 of others, objects of texts."""
+    array = np.asarray(values, object if isinstance(values[0], str) else None)
+    dtypes = {"i": np.int32, "u": np.int32, "f": np.float32, "b": np.bool_}
+    return array.astype(dtypes.get(array.dtype.kind, object))
+
+
+class Column(NamedTuple):
+    """What a batch holds besides pictures.
+
+    Attributes:
+      key: of the records.
+      convert: values of n >= 1 records -> array [n, ...].
+    """
+
+    key: str
+    convert: Callable[[Sequence[Any]], np.ndarray] = as_array
+
 
 def batches(
     source: Source,
-    data: Mapping[str, Any],
+    loader: Loader | Mapping[str, Any] | Any,
     *,
     shape: Sequence[int],
     batch_size: int,
@@ -35,9 +79,8 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    keys: Sequence[str] | None = None,
-    low_res: Mapping[str, Any] | None = None,
-    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
+    columns: Mapping[str, Column] = {},  # noqa: B006
+    edit: Edit | None = None,
     train: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's rows of global batch `start_step`, `start_step + 1`, ...
@@ -49,123 +92,154 @@ def batches(
 
     A record that cannot be read is replaced by the next one that can, and named once.
 
-    Of a picture's captions one is drawn from (seed, position), without `train` the first is taken. Flips and crops do
-    not know what a caption says: data.flip makes 'left of' wrong, data.crop='random' can cut off what is named.
+    Of a picture's captions one is drawn from (seed, position), without `train` the first is taken. Data without
+    captions are captioned by the names of their classes.
 
     Args:
-      source: from `load_source`.
-      data: the `data` section of a stage: flip, crop, max_bad, workers (reader threads; 0 chooses)
-        and shuffle_seed are read.
-      shape: (height, width, channels) of the images wanted.
+      source: such as `Data.open` returns.
+      loader: how to read it: a `Loader`, a mapping of some of its fields, or an object with these attributes.
+      shape: (height, width, channels) of the images.
       batch_size: rows of the global batch, over all processes.
       seed: of order and augmentation.
-      start_step: the first batch wanted.
-      keys: which of `source.keys` to yield; by default 'label' where there are labels.
-      low_res: the `low_res` section of a stage: also yield the picture `factor` times smaller, as a JPEG of a quality
-        drawn from the range `jpeg` would show it; or made worse as `degrade` says, then of a window of `crop` pixels if
-        there is one, as 'image' is too.
-      tokenize: captions -> int32 [n, length] (see `diffax.conditions.tokenizer`): also yield them as 'text'. Data
-        without captions are captioned by the names of their classes.
+      start_step: number of the first batch.
+      process_index: of this process.
+      process_count: of all.
+      columns: what to yield besides, by its name in the batch.
+      edit: changes every picture after flip and crop, and adds pictures; draws from (seed, position).
+      train: whether to train on them.
 
     Yields:
-      'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, the record
-      read; the keys asked for, int32 (captions: str objects; 'image_embedding': float32); 'text': int32 [.., length].
+      'image': float32 [batch_size / process_count, *shape] in [-1, 1]; 'index': int64, number of the record; every
+      column; what `edit` adds, as float32 in [-1, 1].
 
     Raises:
-      UserError: a batch that processes cannot share evenly, a key the data does not have, data that nothing captions.
-      RunError: (while iterating) more than data.max_bad records are unreadable.
+      UserError: a batch that processes cannot share evenly, a key the data do not have, data that nothing captions.
+      RunError: (while iterating) more than loader.max_bad records are unreadable.
     """
-    if keys is None:
-        keys = tuple(key for key in ("label",) if key in source.keys)
+    import grain
+
+    settings = Loader(**loader) if isinstance(loader, Mapping) else loader
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch size {batch_size} is not divisible by {process_count} processes; train.batch_size; use a multiple"
         )
-    if tokenize:
-        source = captioned(source)
-    for key in keys:
-        if key not in source.keys:
-            raise UserError(
-                f"the data has no {key!r}, only {list(source.keys)}; {source.name}; "
-                "take other data or leave the condition out"
-            )
-    if data["crop"] not in ("center", "random"):
-        raise UserError(f"unknown crop {data['crop']!r}; data.crop; use 'center' or 'random'")
-    height, width, channels = shape = tuple(shape)
-    degradation = image_ops.DEGRADATIONS.get(low_res.get("degrade")) if low_res else None
-    if degradation and low_res["crop"]:
-        shape = (low_res["crop"], low_res["crop"], channels)
+    source = _with_keys(source, [column.key for column in columns.values()])
+    read = _reader(source, settings, shape=tuple(shape), seed=seed, edit=edit, train=train)
     rows = batch_size // process_count
-    order, augment, choose = _in_order, _center, _first
-    if train:
-        order, augment, choose = _shuffled(len(source), data, seed), _random(data, seed), _any(data, seed)
-    reader = _Reader(source, data["max_bad"])
     # Threads read a few rows at a time: single ones cost more in hand-overs than in decoding.
     chunk = math.gcd(rows, 16)
     parts = rows // chunk
 
-    def load(job: int) -> list[dict[str, Any]]:
+    def load(job: int) -> list[_Row]:
         step, part = divmod(job, parts)
         first = step * batch_size + process_index * rows + part * chunk
         last = first + chunk if train else min(first + chunk, len(source))
-        records = ((position, reader(order(position))) for position in range(first, last))
-        return [edit(record, position) for position, record in records]
+        return [read(position) for position in range(first, last)]
 
-    def edit(record: dict[str, Any], position: int) -> dict[str, Any]:
-        pixels = augment(record["image"], height, width, position)
-        if "caption" in record:
-            record = record | {"caption": choose(record["caption"], position)}
-        if not low_res:
-            return record | {"image": pixels}
-        rng = np.random.default_rng((seed, position, 1))
-        if degradation:
-            # far more work than cutting a window, so that is cut before
-            top, left = (int(rng.integers(side - cut + 1)) for side, cut in zip(pixels.shape, shape[:2], strict=False))
-            pixels = pixels[top : top + shape[0], left : left + shape[1]]
-            return record | {"image": pixels, "low_res": image_ops.degrade(pixels, low_res["factor"], rng, degradation)}
-        low, high = low_res["jpeg"][0], low_res["jpeg"][-1]
-        quality = int(rng.integers(low, high + 1))
-        return record | {"image": pixels, "low_res": image_ops.smaller(pixels, low_res["factor"], jpeg_quality=quality)}
+    def collate(jobs: Sequence[list[_Row]]) -> dict[str, np.ndarray]:
+        found = list(itertools.chain(*jobs))
+        # A batch without rows has their types and shapes all the same.
+        batch = _collate(found or [read(0)], columns)
+        return batch if found else {name: values[:0] for name, values in batch.items()}
 
     end = _ENDLESS if train else -(-len(source) // batch_size)
-    threads = data["workers"] or min(16, 2 * (os.cpu_count() or 1))
+    threads = settings.workers or min(16, 2 * (os.cpu_count() or 1))
     return iter(
         grain.MapDataset.range(start_step * parts, end * parts)
         .map(load)
         .to_iter_dataset(grain.ReadOptions(threads, max(threads, 2 * parts)))
-        .batch(parts, batch_fn=lambda jobs: _collate(list(itertools.chain(*jobs)), shape, keys, tokenize))
+        .batch(parts, batch_fn=collate)
     )
 
 
 def examples(
     source: Source,
-    data: Mapping[str, Any],
+    loader: Loader | Mapping[str, Any] | Any,
     *,
     shape: Sequence[int],
     limit: int,
-    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
+    columns: Mapping[str, Column] = {},  # noqa: B006
 ) -> dict[str, np.ndarray]:
-    """The first `limit` records in order, as one batch: see `batches`. With `tokenize` also their captions, as str."""
-    size, keys = min(limit, len(source)), None
-    if tokenize:
-        source = captioned(source)
-        keys = tuple(key for key in ("label", "caption") if key in source.keys)
-    stream = batches(source, data, shape=shape, batch_size=size, seed=0, keys=keys, tokenize=tokenize, train=False)
-    return next(stream)
+    """The first `limit` records in order, as one batch: see `batches`."""
+    size = min(limit, len(source))
+    return next(batches(source, loader, shape=shape, batch_size=size, seed=0, columns=columns, train=False))
+
+
+def _with_keys(source: Source, keys: Sequence[str]) -> Source:
+    """The source, captioned if there is need.
+
+    Raises:
+      UserError: it has no such key.
+    """
+    source = captioned(source) if "caption" in keys else source
+    for key in keys:
+        if key not in source.keys:
+            raise UserError(
+                f"the data have no {key!r}, only {list(source.keys)}; {source.name}; "
+                "take other data or leave the condition out"
+            )
+    return source
+
+
+class _Row(NamedTuple):
+    """A record, and the pictures by name that are made of its image."""
+
+    record: Mapping[str, Any]
+    pictures: Mapping[str, np.ndarray]
+
+
+def _reader(
+    source: Source, settings: Loader, *, shape: tuple[int, ...], seed: int, edit: Edit | None, train: bool
+) -> Callable[[int], _Row]:
+    """Position -> row."""
+    if settings.crop not in ("center", "random"):
+        raise UserError(f"unknown crop {settings.crop!r}; loader.crop; use 'center' or 'random'")
+    readable = _Reader(source, settings.max_bad)
+    order, augment, choose = _in_order, _center, _first
+    if train:
+        order, augment, choose = _shuffled(len(source), settings, seed), _random(settings, seed), _any(settings, seed)
+
+    def read(position: int) -> _Row:
+        record = readable(order(position))
+        pixels, extra = augment(record["image"], shape[0], shape[1], position), {}
+        if "caption" in record:
+            record = record | {"caption": choose(record["caption"], position)}
+        if edit:
+            pixels, extra = edit(pixels, np.random.default_rng((seed, position, 1)))
+        return _Row(record, {"image": pixels, **extra})
+
+    return read
+
+
+def _collate(rows: Sequence[_Row], columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+    batch = {name: _floats([row.pictures[name] for row in rows]) for name in rows[0].pictures}
+    batch["index"] = np.array([row.record["index"] for row in rows], np.int64)
+    return batch | {name: convert([row.record[key] for row in rows]) for name, (key, convert) in columns.items()}
+
+
+def _floats(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 pictures as one float32 array in [-1, 1]."""
+    floats = np.empty((len(pictures), *pictures[0].shape), np.float32)
+    for row, picture in zip(floats, pictures, strict=True):
+        np.divide(picture, np.float32(127.5), out=row)
+    floats -= 1
+    return floats
 
 
 def _in_order(position: int) -> int:
     return position
 
 
-def _shuffled(size: int, data, seed: int):
+def _shuffled(size: int, settings: Loader, seed: int) -> Callable[[int], int]:
     """Position -> record: a permutation per epoch, computed without holding it."""
-    mixed = int(np.random.SeedSequence((seed, data["shuffle_seed"])).generate_state(1)[0])
+    import grain
+
+    mixed = int(np.random.SeedSequence((seed, settings.shuffle_seed)).generate_state(1)[0])
     order = grain.MapDataset.range(size).seed(mixed % 2**31).shuffle().repeat(None)
     return order.__getitem__
 
 
-def _center(pixels, height: int, width: int, position: int) -> np.ndarray:
+def _center(pixels: np.ndarray, height: int, width: int, position: int) -> np.ndarray:
     del position
     return image_ops.center_crop(pixels, height, width)
 
@@ -175,25 +249,23 @@ def _first(captions: str | Sequence[str], position: int) -> str:
     return captions if isinstance(captions, str) else captions[0]
 
 
-def _any(data, seed: int):
+def _any(settings: Loader, seed: int) -> Callable[[str | Sequence[str], int], str]:
     def choose(captions: str | Sequence[str], position: int) -> str:
         if isinstance(captions, str):
             return captions
-        return captions[np.random.default_rng((seed, data["shuffle_seed"], position, 2)).integers(len(captions))]
+        rng = np.random.default_rng((seed, settings.shuffle_seed, position, 2))
+        return captions[rng.integers(len(captions))]
 
     return choose
 
 
-def _random(data, seed: int):
-    flip, crop = data["flip"], data["crop"] == "random"
+def _random(settings: Loader, seed: int) -> Callable[[np.ndarray, int, int, int], np.ndarray]:
+    crop = image_ops.random_crop if settings.crop == "random" else None
 
-    def augment(pixels, height: int, width: int, position: int) -> np.ndarray:
-        rng = np.random.default_rng((seed, data["shuffle_seed"], position))
-        if crop:
-            pixels = image_ops.random_crop(pixels, height, width, rng)
-        else:
-            pixels = image_ops.center_crop(pixels, height, width)
-        return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+    def augment(pixels: np.ndarray, height: int, width: int, position: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, settings.shuffle_seed, position))
+        pixels = crop(pixels, height, width, rng) if crop else image_ops.center_crop(pixels, height, width)
+        return pixels[:, ::-1] if settings.flip and rng.random() < 0.5 else pixels
 
     return augment
 
@@ -232,33 +304,6 @@ class _Reader:
             if len(self._bad) > self._max_bad:
                 raise RunError(
                     f"{len(self._bad)} unreadable records, limit "
-                    f"data.max_bad={self._max_bad}; {self._source.name}, the last "
+                    f"loader.max_bad={self._max_bad}; {self._source.name}, the last "
                     f"{where} ({error}); repair or remove them, or raise the limit"
                 )
-
-
-# Of what a batch holds besides its pictures; the others are whole numbers.
-KINDS = {"caption": object, "captions": object, "image_embedding": np.float32}
-
-
-def _collate(records: Sequence[dict[str, Any]], shape, keys, tokenize) -> dict[str, np.ndarray]:
-    batch = {"image": _floats([record["image"] for record in records], shape)}
-    batch["index"] = np.array([record["index"] for record in records], np.int64)
-    if records and "low_res" in records[0]:
-        small = [record["low_res"] for record in records]
-        batch["low_res"] = _floats(small, small[0].shape)
-    if tokenize:
-        batch["text"] = tokenize([record["caption"] for record in records])
-    for key in keys:
-        values = [record[key] for record in records]
-        batch[key] = np.array(values, KINDS.get(key, np.int32))
-    return batch
-
-
-def _floats(pictures: Sequence[np.ndarray], shape) -> np.ndarray:
-    """uint8 pictures as one float32 array in [-1, 1]."""
-    floats = np.empty((len(pictures), *shape), np.float32)
-    for row, picture in zip(floats, pictures, strict=True):
-        np.divide(picture, np.float32(127.5), out=row)
-    floats -= 1
-    return floats

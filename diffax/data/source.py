@@ -1,8 +1,8 @@
-"""What every dataset looks like from outside: a length and records by number."""
+"""What every data set looks like from outside: a length and records by number, and how it is opened."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from diffax.errors import UserError
 
@@ -38,6 +38,67 @@ class Source:
         return self.read(int(index))
 
 
+class Data(Protocol):
+    """What a component of kind 'data' makes: data that are not yet read.
+
+    A shape is (height, width, channels) of the images that a model needs. Channels (1 or 3) are converted as the
+    records are read; sizes only choose between prepared sizes, `batches` resizes.
+
+    Attributes:
+      has_held_out: whether there is a split that is never trained on.
+    """
+
+    has_held_out: bool
+
+    def open(self, shape: Sequence[int]) -> Source:
+        """The records to train on, their images uint8 [h, w, channels] of whatever size is stored."""
+
+    def held_out(self, shape: Sequence[int]) -> Source:
+        """The records that are never trained on; those to train on where there are no others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """`Data` whose splits have names, which is all that most components return.
+
+    Attributes:
+      load: (shape, split) -> Source.
+      split: the split that `open` loads.
+      test: the split that `held_out` loads; '' if there is none.
+
+    Raises:
+      ValueError: no split is named.
+    """
+
+    load: Callable[[Sequence[int], str], Source]
+    split: str = "train"
+    test: str = ""
+
+    def __post_init__(self):
+        if not self.split:
+            raise ValueError("split must be the name of a split, such as 'train', got ''")
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is a split that is never trained on."""
+        return bool(self.test)
+
+    def open(self, shape: Sequence[int]) -> Source:
+        """The split to train on."""
+        return self._load(shape, self.split)
+
+    def held_out(self, shape: Sequence[int]) -> Source:
+        """The split that is never trained on, or the one to train on."""
+        return self._load(shape, self.test or self.split)
+
+    def _load(self, shape: Sequence[int], split: str) -> Source:
+        if len(shape) != 3 or shape[2] not in (1, 3):
+            raise UserError(
+                f"images have 1 or 3 channels; shape={tuple(shape)}; use (height, width, 1) or (height, width, 3)"
+            )
+        return self.load(tuple(shape), split)
+
+
 def can_caption(source: Source) -> bool:
     """Whether `captioned` can do it."""
     return "caption" in source.keys or ("label" in source.keys and bool(source.class_names))
@@ -65,39 +126,3 @@ def captioned(source: Source) -> Source:
         return record | {"caption": names[record["label"]] if record["label"] >= 0 else ""}
 
     return dataclasses.replace(source, read=read, keys=(*source.keys, "caption"))
-
-
-def mix(sources: Sequence[Source], weights: Sequence[int]) -> Source:
-    """Sources in rounds that hold `weights[k]` records of source k each, spread over the round.
-
-    It ends with the round in which every record was there once, so that a source with more weight than its size would
-    give it comes again from its start. Records hold an image, and a caption if all sources have or can be given one:
-    what labels mean differs.
-
-    Args:
-      sources: not empty ones.
-      weights: whole numbers above 0.
-    """
-    captions = all(map(can_caption, sources))
-    if captions:
-        sources = [captioned(source) for source in sources]
-    keys = ("image", *(("caption",) * captions))
-    places = sorted(((j + 0.5) / weight, k, j) for k, weight in enumerate(weights) for j in range(weight))
-    rounds = max(-(-len(source) // weight) for source, weight in zip(sources, weights, strict=True))
-
-    def locate(index: int) -> tuple[Source, int]:
-        number, place = divmod(index, len(places))
-        _, k, j = places[place]
-        return sources[k], (number * weights[k] + j) % len(sources[k])
-
-    def read(index: int) -> dict[str, Any]:
-        source, number = locate(index)
-        record = source.read(number)
-        return {key: record[key] for key in keys}
-
-    def where(index: int) -> str:
-        source, number = locate(index)
-        return f"{source.where(number)} of {source.name}"
-
-    parts = ", ".join(f"{weight} {source.name}" for source, weight in zip(sources, weights, strict=True))
-    return Source(f"mix of {parts}", rounds * len(places), read, keys[1:], (), where)

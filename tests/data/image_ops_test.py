@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffax.data import Source, batches, image_ops
+from diffax.data import Loader, Source, batches, image_ops
 from diffax.data.image_ops import BadRecord
 
 
@@ -317,14 +317,12 @@ def test_a_smaller_picture_may_have_been_a_jpeg(channels):
     assert errors[0] < 25 and errors[2] < 6, "and close"
 
 
-DATA = {"flip": True, "crop": "random", "max_bad": 0, "workers": 0, "shuffle_seed": 0}
-
-
-def pairs(count, *, low_res, workers=0, **kwargs):
+def pairs(count, *, edit, workers=0, **kwargs):
     """Batches of pictures of 24 pixels and their smaller versions, from 10 smooth records of 40 by 30."""
     source = Source("toy", 10, lambda i: {"image": pale(40, 30, seed=i), "label": np.int32(i)}, ("label",))
     settings = {"shape": (24, 24, 3), "batch_size": 8, "seed": 3} | kwargs
-    return list(itertools.islice(batches(source, DATA | {"workers": workers}, low_res=low_res, **settings), count))
+    loader = Loader(flip=True, crop="random", max_bad=0, workers=workers)
+    return list(itertools.islice(batches(source, loader, edit=edit, **settings), count))
 
 
 def mean_of_squares(x, factor):
@@ -332,10 +330,10 @@ def mean_of_squares(x, factor):
     return x.reshape(n, height // factor, factor, width // factor, factor, channels).mean((2, 4))
 
 
-@pytest.mark.parametrize(("factor", "jpeg"), [(2, (95,)), (4, (90, 95))])
+@pytest.mark.parametrize(("factor", "jpeg"), [(2, (95, 95)), (4, (90, 95))])
 def test_batches_hold_pictures_beside_their_smaller_versions(factor, jpeg):
-    plain = pairs(3, low_res=None)
-    for batch, without in zip(pairs(3, low_res={"factor": factor, "jpeg": jpeg}), plain, strict=True):
+    plain = pairs(3, edit=None)
+    for batch, without in zip(pairs(3, edit=image_ops.jpeg_smaller(factor, jpeg)), plain, strict=True):
         assert batch["low_res"].shape == (8, 24 // factor, 24 // factor, 3) and batch["low_res"].dtype == np.float32
         assert np.abs(batch["low_res"]).max() <= 1 and "low_res" not in without
         np.testing.assert_array_equal(batch["image"], without["image"])
@@ -348,20 +346,20 @@ def test_batches_hold_pictures_beside_their_smaller_versions(factor, jpeg):
 
 
 def test_smaller_versions_depend_on_seed_and_position_alone():
-    low_res = {"factor": 2, "jpeg": (20, 95)}
-    straight = pairs(6, low_res=low_res)
-    for again in (pairs(3, low_res=low_res, start_step=3), pairs(6, low_res=low_res, workers=1)[3:]):
+    edit = image_ops.jpeg_smaller(2, (20, 95))
+    straight = pairs(6, edit=edit)
+    for again in (pairs(3, edit=edit, start_step=3), pairs(6, edit=edit, workers=1)[3:]):
         for a, b in zip(straight[3:], again, strict=True):
             np.testing.assert_array_equal(a["low_res"], b["low_res"])
-    halves = [pairs(6, low_res=low_res, process_index=i, process_count=2) for i in range(2)]
+    halves = [pairs(6, edit=edit, process_index=i, process_count=2) for i in range(2)]
     for whole, *parts in zip(straight, *halves, strict=True):
         np.testing.assert_array_equal(whole["low_res"], np.concatenate([part["low_res"] for part in parts]))
-    other = pairs(6, low_res=low_res, seed=4)
+    other = pairs(6, edit=edit, seed=4)
     assert any(not np.array_equal(a["low_res"], b["low_res"]) for a, b in zip(straight, other, strict=True))
 
 
 def test_qualities_are_drawn_from_the_whole_range():
-    batch = pairs(1, low_res={"factor": 2, "jpeg": (20, 22)}, batch_size=40)[0]
+    batch = pairs(1, edit=image_ops.jpeg_smaller(2, (20, 22)), batch_size=40)[0]
     image = np.round((batch["image"] + 1) * 127.5).astype(np.uint8)
     small = np.round((batch["low_res"] + 1) * 127.5).astype(np.uint8)
     found = [

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffax.data import images
 from diffax.errors import RunError, UserError
-from tests.data_images_test import cubic, resized
+from tests.data.image_ops_test import cubic, resized
 
 RNG = np.random.default_rng(0)
 
@@ -246,23 +246,6 @@ def test_save_npz_refuses_bad_arrays(tmp_path):
     for labels in (np.zeros(3, int), np.zeros(2)):
         with pytest.raises(ValueError, match="labels must be int"):
             images.save_npz(tmp_path, ok, labels)
-
-
-def test_loss_curve_is_drawn_and_follows_the_data(tmp_path):
-    rows = [{"step": i, "loss": 1 / i, "gap": None if i % 2 else 3.0, "minus": -i} for i in range(1, 200)]
-    path = tmp_path / "new" / "loss.png"
-    images.loss_curve(path, rows, ["loss"])
-    picture = images.read_image(path)
-    assert picture.shape == (450, 800, 3)
-    blue = (picture[..., 2].astype(int) - picture[..., 0]) > 100
-    heights = [np.flatnonzero(column).mean() for column in blue[60:400, 120:780].T if column.any()]
-    assert len(heights) > 500 and heights[0] < heights[-1] - 100  # Rows count downwards.
-    before = path.read_bytes()
-    images.loss_curve(path, rows, ["loss", "gap", "minus", "absent"])
-    assert path.read_bytes() != before
-    images.loss_curve(path, rows[:1], ["loss"])
-    with pytest.raises(UserError, match="no metrics to draw among absent"):
-        images.loss_curve(path, rows, ["absent"])
 
 
 # ---- enlarging ----

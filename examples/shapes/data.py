@@ -2,16 +2,24 @@
 
 A toy with the structure of a captioned photo set: objects with attributes and a relation between
 them, and combinations that can be held out to test whether a model composes. The attributes travel
-with the picture, so a judge can be trained to read them back.
+with the picture, so an evaluation classifier can be trained to read them back.
+
+Configs name the data by import path: `spec("data", "examples.shapes.data:shapes", single=True)`.
 """
 
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from diffax.components import RUNTIME, TRAINING, Length
+from diffax.data.builders import Recipe, built
+from diffax.data.source import Data, Source, Splits
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOURS = {
@@ -205,3 +213,91 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, background):
         y += r / 4 if thing.shape == "triangle" else 0  # its box is centred, not its circumcircle
         angles = [2 * math.pi * k / corners for k in range(corners)]
         pen.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for a in angles], fill)
+
+
+# ---- as data --------------------------------------------------------------------------------------------------------
+
+RANGES = {"train": range(20_000), "test": range(1_000_000, 1_002_000)}  # indices of the scenes of a split
+
+
+def shapes(
+    *,
+    split: Annotated[str, TRAINING] = "train",
+    holdout: Annotated[tuple[str, ...], Length(0, 48), TRAINING] = (),
+    single: Annotated[bool, TRAINING] = False,
+    label: Annotated[str, TRAINING] = "label",
+    data_dir: Annotated[str, RUNTIME] = "",
+) -> Data:
+    """Captioned pictures of one or two coloured shapes; the label is the first one's shape.
+
+    Args:
+      split: 'train', 'test', or 'holdout' for the scenes of 'train' that show a combination of `holdout`; slices such
+        as 'train[:10%]' without `holdout` and `single`.
+      holdout: combinations such as 'red circle' to leave out of every split but 'holdout'.
+      single: leave out scenes of two things.
+      label: the attribute that is the label, such as 'colour'.
+      data_dir: where TFDS data lie; '' is TFDS's own default.
+
+    Raises:
+      ValueError: no such combination, or a split that cannot be limited.
+    """
+    for pair in holdout:
+        if pair not in {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}:
+            raise ValueError(
+                f"holdout has no combination {pair!r}; write '<colour> <shape>' of {', '.join(COLOURS)} and "
+                f"{', '.join(SHAPES)}"
+            )
+    if split == "holdout" and not holdout:
+        raise ValueError("split 'holdout' is empty; name combinations such as 'red circle' in holdout")
+    limited = holdout or single
+    if limited and split not in (*RANGES, "holdout"):
+        raise ValueError(f"holdout and single need a whole split, 'train', 'test' or 'holdout', got {split!r}")
+
+    whole = built(RECIPE, data_dir=data_dir, label=label)
+
+    def load(shape: Sequence[int], split: str) -> Source:
+        source = whole.load(shape, "train" if split == "holdout" else split)
+        return _limited(source, split, holdout, single) if limited else source
+
+    return Splits(load, split, "test")
+
+
+def _limited(source: Source, split: str, holdout: Sequence[str], single: bool) -> Source:
+    """Scenes without the held-out combinations, or, of the split 'holdout', only those; single: of one thing."""
+    only = split == "holdout"
+
+    def is_kept(things: Sequence[Thing]) -> bool:
+        held_out = any(f"{thing.colour} {thing.shape}" in holdout for thing in things)
+        return only == held_out and not (single and len(things) > 1)
+
+    kept = [number for number, i in enumerate(RANGES["train" if only else split]) if is_kept(scene(i).things)]
+    limits = [f"{'only' if only else 'without'} {', '.join(holdout)}"] * bool(holdout) + ["single"] * single
+    return dataclasses.replace(
+        source,
+        name=f"{source.name} {' '.join(limits)}",
+        size=len(kept),
+        read=lambda i: source.read(kept[i]),
+        where=lambda i: source.where(kept[i]),
+    )
+
+
+def _examples(side: int, archive_dir: str) -> dict[str, Iterator[dict[str, Any]]]:
+    del archive_dir
+    return {split: (_example(index, side) for index in indices) for split, indices in RANGES.items()}
+
+
+def _example(index: int, side: int) -> dict[str, Any]:
+    drawn = scene(index)
+    label = drawn.things[0].shape
+    return {"image": draw(drawn, side), "caption": drawn.caption, "label": label, **drawn.attributes}
+
+
+RECIPE = Recipe(
+    "shapes",
+    "One or two coloured shapes with their attributes and a caption.",
+    (16, 32, 64, 128, 256),
+    {"label": SHAPES, **ATTRIBUTES},
+    _examples,
+    has_captions=True,
+    version="1.1.0",  # the pictures of 1.0.0; captions also name the place of a single thing
+)

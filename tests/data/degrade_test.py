@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from diffax import config, data
-from diffax.data import image_ops
-from diffax.data.source import Source
+from diffax.data import Loader, Source, batches, image_ops
 
 HOW = image_ops.DEGRADATIONS
 
@@ -75,13 +73,12 @@ def test_the_order_is_random_but_for_the_two_resizes(monkeypatch):
 
 
 def test_batches_hold_windows_and_what_was_made_of_them():
-    section = config.to_dict(config.config_defaults("test"))["base"]["data"]
     whole = picture(64)
     source = Source("one", 8, lambda index: {"image": whole})
-    low_res = {"factor": 4, "crop": 32, "jpeg": (), "degrade": "bsr_light"}
 
-    def stream(**more):
-        return next(data.batches(source, section, shape=(64, 64, 3), batch_size=8, seed=0, low_res=low_res | more))
+    def stream(crop=32):
+        edit = image_ops.degraded(4, "bsr_light", crop)
+        return next(batches(source, Loader(), shape=(64, 64, 3), batch_size=8, seed=0, edit=edit))
 
     batch = stream()
     assert batch["image"].shape == (8, 32, 32, 3) and batch["low_res"].shape == (8, 8, 8, 3)

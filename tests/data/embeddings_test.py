@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from diffax import config, data
-from diffax.data.source import Source
+from diffax import data
+from diffax.data import Column, Loader, Source
 from diffax.errors import UserError
 
-SECTION = config.to_dict(config.config_defaults("test"))["base"]["data"]
 SHAPE, SIZE, RECORDS = (4, 4, 3), 5, 23
 
 
@@ -30,7 +29,7 @@ def embed(image):
 
 def write(folder, source=None, embed=embed, **more):
     options = dict(shape=SHAPE, clip="a", batch_size=3, shard=6) | more
-    return list(data.write_embeddings(folder, source or pictures(), SECTION, embed=embed, **options))
+    return list(data.write_embeddings(folder, source or pictures(), Loader(), embed=embed, **options))
 
 
 def want(index):
@@ -45,9 +44,8 @@ def test_what_is_written_is_read(tmp_path):
         np.testing.assert_allclose(found[index]["image_embedding"], want(index), rtol=1e-6)
     assert found[2]["caption"] == ("one", "another") and found[22]["caption"] == "number 22"
     assert sorted(p.name for p in (tmp_path / "e").iterdir())[-1] == "embeddings.json", "nothing else is left"
-    stream = data.batches(
-        found, SECTION, shape=(1, 1, 3), batch_size=RECORDS, seed=0, keys=("image_embedding", "caption")
-    )
+    columns = {key: Column(key) for key in found.keys}
+    stream = data.batches(found, Loader(), shape=(1, 1, 3), batch_size=RECORDS, seed=0, columns=columns)
     batch = next(stream)
     assert batch["image_embedding"].dtype == np.float32 and batch["image"].shape == (RECORDS, 1, 1, 3)
     assert sorted(batch["index"]) == list(range(RECORDS)), "an epoch"

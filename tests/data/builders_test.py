@@ -6,27 +6,15 @@ import io
 import os
 import tarfile
 import threading
-import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from diffax.data import archives, batches, builders, examples, has_held_out, held_out, image_ops, load_source, shapes
+from diffax.components import build, spec
+from diffax.data import archives, builders, downloads, image_ops, scikit
 from diffax.errors import RunError, UserError
-
-DATA = {
-    "name": "",
-    "path": "",
-    "data_dir": "",
-    "split": "train",
-    "flip": False,
-    "crop": "center",
-    "max_bad": 100,
-    "workers": 0,
-    "shuffle_seed": 0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +26,16 @@ def root(tmp_path_factory):
 def small():
     """Datasets of hundreds, not thousands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders.Shapes, "ranges", {"train": range(150), "test": range(10**6, 10**6 + 30)})
-        patch.setattr(builders.Photos, "counts", {"train": 40, "test": 20})
+        patch.setattr(scikit, "CROPS", {"train": 40, "test": 20})
         yield
 
 
-def load(root, name, side, channels=3, **data):
-    return load_source(DATA | {"name": name, "data_dir": root} | data, shape=(side, side, channels))
+def load(root, name, side, channels=3, **fields):
+    return build(spec("data", name, data_dir=root, **fields), "data").open((side, side, channels))
+
+
+def load_tfds(path, channels=1, **fields):
+    return build(spec("data", "tfds", path=str(path), **fields), "data").open((8, 8, channels))
 
 
 # ---- digits ----
@@ -90,19 +81,18 @@ def test_only_the_size_asked_for_is_prepared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, side, config",
+    "recipe, side, size",
     [
-        ("digits", 8, "8"),
-        ("digits", 12, "16"),
-        ("digits", 64, "32"),
-        ("shapes", 64, "64"),
-        ("photos", 200, "256"),
-        ("cifar10", 64, "32"),
-        ("mnist", 32, "28"),
+        (scikit.DIGITS, 8, 8),
+        (scikit.DIGITS, 12, 16),
+        (scikit.DIGITS, 64, 32),
+        (scikit.PHOTOS, 200, 256),
+        (downloads.CIFAR10, 64, 32),
+        (downloads.MNIST, 32, 28),
     ],
 )
-def test_the_smallest_size_that_suffices_is_taken(name, side, config):
-    assert builders.pick_config(builders.BUILDERS[name], side) == config
+def test_the_smallest_size_that_suffices_is_taken(recipe, side, size):
+    assert recipe.pick_size(side) == size
 
 
 def test_records_cannot_be_changed_in_the_cache(root):
@@ -121,7 +111,7 @@ def test_splits_that_are_not_there(root):
 
 def test_missing_scikit_learn_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(builders.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs scikit-learn.*pip install 'diffax\[demo\]'"):
+    with pytest.raises(UserError, match=r"data 'digits' need the package sklearn; .*pip install 'diffax\[demo\]'"):
         load(str(tmp_path), "digits", 8)
     assert not list(tmp_path.iterdir())
 
@@ -149,203 +139,6 @@ def test_full_disk_is_a_failed_run(tmp_path, monkeypatch):
         load(str(tmp_path), "digits", 8)
 
 
-# ---- shapes ----
-
-
-def test_scenes_follow_from_their_index():
-    assert shapes.scene(77) == shapes.scene(77)
-    picture = shapes.draw(shapes.scene(77), 32)
-    np.testing.assert_array_equal(picture, shapes.draw(shapes.scene(77), 32))
-    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
-
-
-def test_scenes_are_distinct_and_balanced():
-    scenes = [shapes.scene(i) for i in range(9000)]
-    assert len(set(scenes)) == 9000
-    assert len({scene.caption for scene in scenes}) > 5000 + 90
-    for thing in range(2):
-        pairs = [scene for scene in scenes if len(scene.things) > thing]
-        for attribute, values in (
-            ("shape", shapes.SHAPES),
-            ("colour", tuple(shapes.COLOURS)),
-            ("size", tuple(shapes.SIZES)),
-        ):
-            counts = [sum(getattr(s.things[thing], attribute) == v for s in pairs) for v in values]
-            assert min(counts) > 0.9 * len(pairs) / len(values)
-
-
-def test_relations_hold_and_things_lie_apart_inside_the_picture():
-    for scene in map(shapes.scene, range(3000)):
-        for thing in scene.things:
-            radius = shapes.SIZES[thing.size]
-            assert radius < min(thing.x, thing.y) and max(thing.x, thing.y) < 1 - radius
-        if scene.relation == "none":
-            assert len(scene.things) == 1
-            continue
-        a, b = scene.things
-        right, down = b.x - a.x, b.y - a.y
-        along, across = {
-            "left of": (right, down),
-            "right of": (-right, down),
-            "above": (down, right),
-            "below": (-down, right),
-        }[scene.relation]
-        assert along > shapes.SIZES[a.size] + shapes.SIZES[b.size]
-        assert abs(across) <= along / 2
-
-
-def test_caption_names_every_attribute():
-    for scene in map(shapes.scene, range(300)):
-        values = scene.attributes
-        words = f"a {values['size']} {values['colour']} {values['shape']}"
-        if values["relation"] != "none":
-            words += f" {values['relation']} a {values['size2']} {values['colour2']} {values['shape2']}"
-        if values["place"] != "none":
-            words += f" at the {values['place']}"
-        assert scene.caption == words
-        said = shapes.described(scene.caption)
-        assert said.items() <= values.items()
-        unsaid = {k for k in values if k not in said}
-        assert unsaid == {k for k in values if k == "background" or (k != "shape2" and values[k] == "none")}
-        assert all(value in shapes.ATTRIBUTES[key] for key, value in values.items())
-        assert values.keys() == shapes.ATTRIBUTES.keys()
-
-
-def test_captions_may_leave_size_and_place_open():
-    assert shapes.described("a red ring") == {"colour": "red", "shape": "ring", "shape2": "none"}
-    two = shapes.described("a red ring above a small blue cross")
-    assert two["relation"] == "above" and two["size2"] == "small" and "size" not in two
-    for caption in ("", "red ring", "a red ring at the top", "a red ring above", "two red rings"):
-        with pytest.raises(ValueError, match="describes no shapes"):
-            shapes.described(caption)
-
-
-@pytest.mark.parametrize("place", shapes.PLACES)
-def test_places_are_where_the_paint_is(place):
-    scenes = [s for s in map(shapes.scene, range(600)) if s.place == place]
-    assert len(scenes) > 20
-    for scene in scenes:
-        x, y = scene.things[0].x, scene.things[0].y
-        assert (y < 0.5) == place.startswith("top") and (x < 0.5) == place.endswith("left")
-
-
-@pytest.mark.parametrize("side", [32, 128])
-def test_pixels_show_the_caption(side):
-    """Paint is where and of the colour that a scene says, and as much as its shape covers."""
-    palette = {**shapes.COLOURS, **shapes.BACKGROUNDS}
-    # Share of the square around a thing of radius 1 that its shape fills.
-    r = shapes.RADII
-    areas = {
-        "circle": np.pi * r["circle"] ** 2,
-        "square": 4 * r["square"] ** 2,
-        "triangle": 3 * np.sqrt(3) / 4 * r["triangle"] ** 2,
-        "diamond": 2.0,
-        "cross": 4 * (2 / 3 - 1 / 9),
-        "ring": np.pi * 0.75,
-    }
-    for scene in map(shapes.scene, range(200)):
-        picture = shapes.draw(scene, side).astype(int)
-        names = [scene.background, *{thing.colour for thing in scene.things}]
-        assert (picture[0, 0] == palette[scene.background]).all()
-        painted = np.abs(picture - palette[scene.background]).sum(-1) > 60
-        exact = {name: (picture == palette[name]).all(-1) for name in names}
-        for thing in scene.things:
-            if len(scene.things) > 1 and len(names) < 3:
-                continue
-            radius = shapes.SIZES[thing.size]
-            y, x = (np.argwhere(exact[thing.colour]).mean(0) + 0.5) / side
-            # A triangle's centre of mass lies below the middle of its box.
-            below = radius * r["triangle"] / 4 if thing.shape == "triangle" else 0
-            assert abs(x - thing.x) < 0.03 and abs(y - thing.y - below) < 0.03
-            covered = exact[thing.colour].sum() / (radius * side) ** 2
-            if side == 128:
-                assert 0.75 * areas[thing.shape] < covered < 1.02 * areas[thing.shape]
-        if side == 128:
-            edges = painted & ~np.any([exact[name] for name in names], axis=0)
-            assert edges.any(), "the outline is not anti-aliased"
-
-
-def test_shapes_dataset_carries_scene_and_attributes(root):
-    source = load(root, "shapes", 32)
-    assert len(source) == 150 and source.class_names == shapes.SHAPES
-    assert set(source.keys) == {"label", "caption", *shapes.ATTRIBUTES}
-    for i in (0, 1, 77, 149):
-        record, scene = source[i], shapes.scene(i)
-        assert record["caption"] == scene.caption
-        np.testing.assert_array_equal(record["image"], shapes.draw(scene, 32))
-        assert shapes.SHAPES[record["label"]] == scene.things[0].shape
-        for key, value in scene.attributes.items():
-            assert shapes.ATTRIBUTES[key][record[key]] == value
-    test = load(root, "shapes", 32, split="test")
-    assert [r["caption"] for r in test] == [shapes.scene(10**6 + i).caption for i in range(30)]
-
-
-def test_attributes_come_in_batches(root):
-    data = DATA | {"name": "shapes", "data_dir": root}
-    batch = next(
-        batches(
-            load(root, "shapes", 32),
-            data,
-            shape=(16, 16, 3),
-            batch_size=8,
-            seed=0,
-            keys=("caption", "colour2"),
-        )
-    )
-    for caption, colour in zip(batch["caption"], batch["colour2"], strict=True):
-        name = shapes.ATTRIBUTES["colour2"][colour]
-        assert (
-            name == "none"
-            if " of " not in caption and "above" not in caption and ("below" not in caption)
-            else caption.split(" at the ")[0].split()[-2] == name
-        )
-
-
-def test_held_out_combinations_are_in_their_split_alone(root):
-    holdout = ("red circle", "blue square", "green ring")
-    kept = load(root, "shapes", 32, holdout=holdout)
-    held = load(root, "shapes", 32, holdout=holdout, split="holdout")
-    test = load(root, "shapes", 32, holdout=holdout, split="test")
-    assert len(kept) + len(held) == 150 and len(held) > 5 and len(test) < 30
-    for source, any_of in ((kept, False), (test, False), (held, True)):
-        for record in source:
-            assert any(pair in record["caption"] for pair in holdout) == any_of
-    captions = [record["caption"] for source in (kept, held) for record in source]
-    assert sorted(captions) == sorted(shapes.scene(i).caption for i in range(150))
-    with pytest.raises(UserError, match="data.holdout and data.single go with whole splits"):
-        load(root, "shapes", 32, holdout=holdout, split="train[:50%]")
-
-
-def words(captions):
-    """A tokenizer of whole words, numbered by their hash."""
-    ids = np.full((len(captions), 16), -1, np.int32)
-    for row, caption in zip(ids, captions, strict=True):
-        numbers = [zlib.crc32(word.encode()) % 2**31 for word in caption.split()]
-        row[: len(numbers)] = numbers
-    return ids
-
-
-def test_held_out_combinations_have_captions(root):
-    data = DATA | {"name": "shapes", "data_dir": root, "holdout": ("red circle", "blue square"), "split": "holdout"}
-    source = load_source(data, shape=(32, 32, 3))
-    batch = examples(source, data, shape=(32, 32, 3), limit=99, tokenize=words)
-    assert 1 < len(batch["caption"]) == len(source)
-    assert all("red circle" in caption or "blue square" in caption for caption in batch["caption"])
-    np.testing.assert_array_equal(batch["text"], words(batch["caption"]))
-
-
-def test_mix_of_prepared_data(root):
-    data = DATA | {"name": "mix", "path": "2 shapes, photos", "data_dir": root}
-    assert has_held_out(data) and not has_held_out(data | {"path": "shapes, folder /x"})
-    mixed = load_source(data, shape=(16, 16, 3))
-    assert len(mixed) == 3 * 75
-    batch = examples(mixed, data, shape=(16, 16, 3), limit=6, tokenize=words)
-    scenes = [shapes.scene(i).caption for i in range(4)]
-    assert batch["caption"].tolist() == [scenes[0], "temple", *scenes[1:3], "flower", scenes[3]]
-    tests = examples(held_out(data, shape=(16, 16, 3)), data, shape=(16, 16, 3), limit=1, tokenize=words)
-    assert tests["caption"].tolist() == [shapes.scene(10**6).caption]
-
-
 # ---- photos ----
 
 
@@ -363,7 +156,7 @@ def test_train_and_test_photos_come_from_opposite_sides(monkeypatch, tmp_path):
     ramp = np.zeros((427, 640, 3), np.uint8)
     ramp[:, 384:, 0] = 255
     monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: type("Bunch", (), {"images": [ramp, ramp]}))
-    monkeypatch.setattr(builders.Photos, "counts", {"train": 400, "test": 400})
+    monkeypatch.setattr(scikit, "CROPS", {"train": 400, "test": 400})
     reds = {
         split: [r["image"][..., 0] for r in load(str(tmp_path), "photos", 16, split=split)]
         for split in ("train", "test")
@@ -394,19 +187,15 @@ def add(tar, name, content=b"", **fields):
     tar.addfile(info, io.BytesIO(content))
 
 
-def expect(monkeypatch, builder, **paths):
-    """Makes a builder expect these files in place of the published ones."""
-    files = {
-        key: archives.Archive("http://localhost:1/" + path.name, hashlib.md5(path.read_bytes()).hexdigest())
-        for key, path in paths.items()
-    }
-    monkeypatch.setattr(builder, "files", files)
+def at(path):
+    """What is expected of a file in place of a published one."""
+    return archives.Archive("http://localhost:1/" + path.name, hashlib.md5(path.read_bytes()).hexdigest())
 
 
 def test_cifar10_from_its_binary_archive(tmp_path, monkeypatch):
     path = tmp_path / "tiny.tar.gz"
     data = cifar_archive(path)
-    expect(monkeypatch, builders.Cifar10, all=path)
+    monkeypatch.setattr(archives, "CIFAR10", at(path))
     kwargs = {"path": str(tmp_path)}
     train = load(str(tmp_path / "d"), "cifar10", 32, **kwargs)
     test = load(str(tmp_path / "d"), "cifar10", 32, split="test", **kwargs)
@@ -418,8 +207,8 @@ def test_cifar10_from_its_binary_archive(tmp_path, monkeypatch):
 
 def test_mnist_from_its_idx_files(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    downloads = tmp_path / "downloads"
-    downloads.mkdir()
+    folder = tmp_path / "downloads"
+    folder.mkdir()
     want = {}
     for split, count in (("train", 9), ("test", 4)):
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -427,13 +216,10 @@ def test_mnist_from_its_idx_files(tmp_path, monkeypatch):
         want[split] = images, labels
         for kind, array in (("images", images), ("labels", labels)):
             head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
-            with gzip.open(downloads / f"{split}_{kind}.gz", "wb") as file:
+            with gzip.open(folder / f"{split}_{kind}.gz", "wb") as file:
                 file.write(head + array.tobytes())
-    expect(
-        monkeypatch,
-        builders.Mnist,
-        **{f"{s}_{k}": downloads / f"{s}_{k}.gz" for s in ("train", "test") for k in ("images", "labels")},
-    )
+    names = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
+    monkeypatch.setattr(archives, "MNIST", {name: at(folder / f"{name}.gz") for name in names})
     for split in ("train", "test"):
         source = load(str(tmp_path), "mnist", 28, 1, split=split)
         images, labels = want[split]
@@ -601,7 +387,7 @@ def test_download_that_fails_says_what_to_do(tmp_path):
 def test_any_prepared_dataset_is_read_from_its_folder(root):
     want = load(root, "digits", 8, 1)
     for path in ("diffax_digits/8/1.0.0", "diffax_digits/8"):
-        got = load_source(DATA | {"name": "tfds", "path": os.path.join(root, path)}, shape=(8, 8, 1))
+        got = load_tfds(os.path.join(root, path))
         assert len(got) == len(want) and got.class_names == want.class_names
         np.testing.assert_array_equal(got[7]["image"], want[7]["image"])
         assert got[7]["label"] == want[7]["label"]
@@ -610,7 +396,7 @@ def test_any_prepared_dataset_is_read_from_its_folder(root):
 def test_folder_of_many_datasets_is_refused(root):
     load(root, "digits", 8), load(root, "digits", 16)
     with pytest.raises(UserError, match="[2-9] datasets below data.path"):
-        load_source(DATA | {"name": "tfds", "path": root}, shape=(8, 8, 1))
+        load_tfds(root)
 
 
 def test_tfrecord_says_how_to_convert(root, tmp_path):
@@ -625,13 +411,13 @@ def test_tfrecord_says_how_to_convert(root, tmp_path):
         UserError,
         match="stored as tfrecord.*tfds convert_format --dataset_version_dir=.* --out_file_format=array_record",
     ):
-        load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 1))
+        load_tfds(tmp_path)
 
 
 def test_dataset_info_that_is_damaged(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="not a dataset that TFDS can read"):
-        load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 1))
+        load_tfds(tmp_path)
 
 
 def test_prepared_data_with_several_captions(tmp_path):
@@ -655,7 +441,7 @@ def test_prepared_data_with_several_captions(tmp_path):
                 yield i, {"image": image_ops.encode_png(pixels), "captions": texts}
 
     Told(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
-    source = load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 3))
+    source = load_tfds(tmp_path, 3)
     assert source.keys == ("caption",)
     assert [record["caption"] for record in source] == [("a cat", "é"), ("one",), ""]
 
@@ -678,4 +464,4 @@ def test_dataset_without_images(tmp_path):
 
     Numbers(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
     with pytest.raises(UserError, match=r"no image among the features \['number'\]"):
-        load_source(DATA | {"name": "tfds", "path": str(tmp_path)}, shape=(8, 8, 1))
+        load_tfds(tmp_path)

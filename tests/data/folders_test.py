@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffax.data import batches, has_held_out, load_source
+from diffax.components import build, spec
+from diffax.data import Column, Loader, batches
 from diffax.data.folders import MAX_CAPTION, MAX_CAPTIONS, clean_caption
 from diffax.errors import UserError
 
-DATA = {
-    "name": "folder",
-    "path": "",
-    "data_dir": "",
-    "split": "train",
-    "flip": False,
-    "crop": "center",
-    "max_bad": 100,
-    "workers": 0,
-    "shuffle_seed": 0,
-}
+CAPTION = {"caption": Column("caption")}
 
 
 def write(root, name, colour="red", kind=None, size=(12, 10)):
@@ -32,7 +23,7 @@ def write(root, name, colour="red", kind=None, size=(12, 10)):
 
 
 def load(path, name="folder", split="train", channels=3):
-    return load_source(DATA | {"name": name, "path": str(path), "split": split}, shape=(8, 8, channels))
+    return build(spec("data", name, path=str(path), split=split), "data").open((8, 8, channels))
 
 
 def test_labels_are_the_sorted_sub_folders(tmp_path):
@@ -67,8 +58,8 @@ def test_images_at_the_top_have_no_labels(tmp_path):
     source = load(tmp_path, channels=1)
     assert source.keys == () and source.class_names == () and len(source) == 2
     assert source[0].keys() == {"image"} and source[0]["image"].shape == (10, 12, 1)
-    with pytest.raises(UserError, match="the data has no 'label'"):
-        batches(source, DATA, shape=(8, 8, 1), batch_size=1, seed=0, keys=("label",))
+    with pytest.raises(UserError, match="the data have no 'label'"):
+        batches(source, Loader(), shape=(8, 8, 1), batch_size=1, seed=0, columns={"label": Column("label")})
 
 
 def test_folders_called_like_splits_are_splits(tmp_path):
@@ -111,8 +102,7 @@ def test_batches_of_a_folder_skip_what_is_damaged(tmp_path, caplog):
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "4.png").write_bytes(b"")
-    data = DATA | {"path": str(tmp_path)}
-    stream = batches(load(tmp_path), data, shape=(8, 8, 3), batch_size=6, seed=0, train=False)
+    stream = batches(load(tmp_path), Loader(), shape=(8, 8, 3), batch_size=6, seed=0, train=False)
     (batch,) = stream
     assert batch["index"].tolist() == [0, 1, 3, 3, 5, 5]
     reds = ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().tolist()
@@ -138,7 +128,7 @@ def test_captions_from_metadata(tmp_path):
     assert source.keys == ("caption",)
     assert [record["caption"] for record in source] == ["a red field", "blue"]
     assert [record["image"][0, 0].tolist() for record in source] == [[255, 0, 0], [0, 0, 255]]
-    (batch,) = batches(source, DATA, shape=(8, 8, 3), batch_size=2, seed=0, keys=("caption",), train=False)
+    (batch,) = batches(source, Loader(), shape=(8, 8, 3), batch_size=2, seed=0, columns=CAPTION, train=False)
     assert batch["caption"].tolist() == ["a red field", "blue"]
 
 
@@ -161,16 +151,17 @@ def test_pictures_with_several_captions(tmp_path):
 def test_mix_of_folders(tmp_path):
     """Captions, names of classes, and paths of their own with blanks in them."""
     for i in range(4):
-        write(tmp_path / "told you", f"{i}.png", (i, 0, 0))
-        (tmp_path / "told you" / f"{i}.txt").write_text(f"number {i}")
+        write(tmp_path / "with text", f"{i}.png", (i, 0, 0))
+        (tmp_path / "with text" / f"{i}.txt").write_text(f"number {i}")
     write(tmp_path / "sorted", "big_dog/1.png", (9, 0, 0))
-    data = DATA | {"name": "mix", "path": f"2 captions {tmp_path}/told you,folder {tmp_path / 'sorted'} "}
-    source = load_source(data, shape=(8, 8, 3))
+    parts = f"2 captions {tmp_path}/with text,folder {tmp_path / 'sorted'} "
+    data = build(spec("data", "mix", parts=parts), "data")
+    source = data.open((8, 8, 3))
     assert len(source) == 6 and source.keys == ("caption",)
     want = ["number 0", "big dog", "number 1", "number 2", "big dog", "number 3"]
     assert [record["caption"] for record in source] == want
     assert [int(record["image"][0, 0, 0]) for record in source] == [0, 9, 1, 2, 9, 3]
-    assert not has_held_out(data)
+    assert not data.has_held_out
     assert source.where(1) == f"big_dog/1.png of {tmp_path / 'sorted'}"
 
 
@@ -227,7 +218,7 @@ def test_listed_image_that_is_not_there_is_skipped(tmp_path, caplog):
     write(tmp_path, "1.png")
     rows = [{"file_name": name, "text": name} for name in ("1.png", "2.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stream = batches(load(tmp_path, "captions"), DATA, shape=(8, 8, 3), batch_size=2, seed=0, keys=("caption",))
+    stream = batches(load(tmp_path, "captions"), Loader(), shape=(8, 8, 3), batch_size=2, seed=0, columns=CAPTION)
     for batch in itertools.islice(stream, 2):
         assert batch["caption"].tolist() == ["1.png", "1.png"]
     assert [r.getMessage() for r in caplog.records] == [

@@ -4,26 +4,17 @@ import itertools
 import logging
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from diffax.data import Source, batches, examples, load_source, names
+from diffax.components import defaults
+from diffax.data import Column, Loader, Source, batches, captioned, examples
 from diffax.data.image_ops import BadRecord
-from diffax.data.source import captioned, mix
 from diffax.errors import RunError, UserError
 
-DATA = {
-    "name": "toy",
-    "path": "",
-    "data_dir": "",
-    "split": "train",
-    "flip": False,
-    "crop": "center",
-    "max_bad": 100,
-    "workers": 0,
-    "shuffle_seed": 0,
-}
+LABEL = {"label": Column("label")}
 SHAPE = (6, 6, 3)
 
 
@@ -39,8 +30,8 @@ def toy(size, bad=()):
     return Source("toy", size, read, ("label", "caption"), tuple("abcdefg"), "img/{:05d}.png".format)
 
 
-def take(count, source, *, data=(), **kwargs):
-    stream = batches(source, DATA | dict(data), shape=SHAPE, **{"seed": 0} | kwargs)
+def take(count, source, *, loader=(), **kwargs):
+    stream = batches(source, dict(loader), shape=SHAPE, **{"seed": 0} | kwargs)
     return list(itertools.islice(stream, count))
 
 
@@ -56,7 +47,7 @@ RANDOM = {"flip": True, "crop": "random"}
 
 
 def test_batch_holds_what_was_asked_for():
-    (batch,) = take(1, toy(20), batch_size=8, keys=("label", "caption"))
+    (batch,) = take(1, toy(20), batch_size=8, columns=LABEL | {"caption": Column("caption")})
     assert {key: (value.shape, value.dtype.str[1:]) for key, value in batch.items()} == {
         "image": ((8, *SHAPE), "f4"),
         "index": ((8,), "i8"),
@@ -71,7 +62,7 @@ def test_batch_holds_what_was_asked_for():
 def test_pixels_are_x_over_127_5_minus_1():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
     source = Source("levels", 1, lambda i: {"image": levels})
-    (batch,) = itertools.islice(batches(source, DATA, shape=(16, 16, 1), batch_size=1, seed=0), 1)
+    (batch,) = itertools.islice(batches(source, Loader(), shape=(16, 16, 1), batch_size=1, seed=0), 1)
     np.testing.assert_allclose(batch["image"].ravel(), np.arange(256) / 127.5 - 1, atol=1e-7)
     back = ((batch["image"] + 1) * np.float32(127.5)).clip(0, 255).round()
     np.testing.assert_array_equal(back.ravel(), np.arange(256))
@@ -80,12 +71,12 @@ def test_pixels_are_x_over_127_5_minus_1():
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("train", [True, False])
 def test_processes_share_the_same_global_batch(processes, train):
-    whole = take(5, toy(23), data=RANDOM, batch_size=8, train=train)
+    whole = take(5, toy(23), loader=RANDOM, batch_size=8, train=train)
     parts = [
         take(
             5,
             toy(23),
-            data=RANDOM,
+            loader=RANDOM,
             batch_size=8,
             process_index=p,
             process_count=processes,
@@ -99,8 +90,8 @@ def test_processes_share_the_same_global_batch(processes, train):
 
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_resumed_stream_equals_the_straight_one(step):
-    straight = take(10, toy(23), data=RANDOM, batch_size=8)
-    assert_same(straight[step:], take(10 - step, toy(23), data=RANDOM, batch_size=8, start_step=step))
+    straight = take(10, toy(23), loader=RANDOM, batch_size=8)
+    assert_same(straight[step:], take(10 - step, toy(23), loader=RANDOM, batch_size=8, start_step=step))
 
 
 def test_far_step_is_reached_at_once():
@@ -111,8 +102,8 @@ def test_far_step_is_reached_at_once():
 @pytest.mark.parametrize("workers", [1, 5])
 def test_threads_do_not_change_batches(workers):
     assert_same(
-        take(4, toy(23), data=RANDOM, batch_size=12),
-        take(4, toy(23), data=RANDOM | {"workers": workers}, batch_size=12),
+        take(4, toy(23), loader=RANDOM, batch_size=12),
+        take(4, toy(23), loader=RANDOM | {"workers": workers}, batch_size=12),
     )
 
 
@@ -125,7 +116,7 @@ def test_every_epoch_holds_each_record_once_in_another_order():
 
 def test_order_depends_on_seed_and_shuffle_seed():
     def ids(seed, shuffle_seed):
-        (batch,) = take(1, toy(50), data={"shuffle_seed": shuffle_seed}, batch_size=50, seed=seed)
+        (batch,) = take(1, toy(50), loader={"shuffle_seed": shuffle_seed}, batch_size=50, seed=seed)
         return tuple(batch["index"])
 
     assert ids(0, 0) == ids(0, 0)
@@ -135,7 +126,7 @@ def test_order_depends_on_seed_and_shuffle_seed():
 def test_flips_are_even_and_differ_between_epochs():
     flips = []
     (whole,) = take(1, toy(50), batch_size=50, train=False)
-    for batch in take(20, toy(50), data={"flip": True}, batch_size=50):
+    for batch in take(20, toy(50), loader={"flip": True}, batch_size=50):
         plain = whole["image"][batch["index"]]
         is_flipped = (batch["image"] == plain[:, :, ::-1]).all(axis=(1, 2, 3))
         np.testing.assert_array_equal(~is_flipped, (batch["image"] == plain).all(axis=(1, 2, 3)))
@@ -145,7 +136,7 @@ def test_flips_are_even_and_differ_between_epochs():
 
 
 def test_one_pass_is_in_order_unaugmented_and_ends_with_a_short_batch():
-    passed = take(99, toy(23), data=RANDOM, batch_size=8, train=False)
+    passed = take(99, toy(23), loader=RANDOM, batch_size=8, train=False)
     assert [len(batch["index"]) for batch in passed] == [8, 8, 7]
     np.testing.assert_array_equal(np.concatenate([b["index"] for b in passed]), np.arange(23))
     assert_same(passed, take(99, toy(23), batch_size=8, train=False, seed=5))
@@ -179,20 +170,20 @@ def test_bad_record_is_replaced_by_the_next_good_one_and_named_once(caplog):
 
 def test_bad_records_are_skipped_alike_by_any_number_of_processes():
     bad = {0, 5, 19}
-    whole = take(4, toy(20, bad), data=RANDOM, batch_size=8)
-    parts = [take(4, toy(20, bad), data=RANDOM, batch_size=8, process_index=p, process_count=2) for p in range(2)]
+    whole = take(4, toy(20, bad), loader=RANDOM, batch_size=8)
+    parts = [take(4, toy(20, bad), loader=RANDOM, batch_size=8, process_index=p, process_count=2) for p in range(2)]
     for k in range(4):
         np.testing.assert_array_equal(whole[k]["image"], np.concatenate([part[k]["image"] for part in parts]))
 
 
 def test_more_bad_records_than_allowed_end_the_run():
-    assert len(take(2, toy(20, bad={1, 2, 3}), data={"max_bad": 3}, batch_size=20)) == 2
+    assert len(take(2, toy(20, bad={1, 2, 3}), loader={"max_bad": 3}, batch_size=20)) == 2
     with pytest.raises(
         RunError,
-        match=r"4 unreadable records, limit data.max_bad=3; toy, the last "
+        match=r"4 unreadable records, limit loader.max_bad=3; toy, the last "
         r"img/0000[1-4].png \(truncated\); repair",
     ):
-        take(2, toy(20, bad={1, 2, 3, 4}), data={"max_bad": 3}, batch_size=20)
+        take(2, toy(20, bad={1, 2, 3, 4}), loader={"max_bad": 3}, batch_size=20)
 
 
 def test_data_without_one_good_record_ends_the_run():
@@ -200,10 +191,61 @@ def test_data_without_one_good_record_ends_the_run():
         take(1, toy(5, bad=set(range(5))), batch_size=4)
 
 
-def test_labels_come_by_default_where_there_are_any():
-    assert "label" in take(1, toy(5), batch_size=4)[0]
-    plain = Source("plain", 5, lambda i: {"image": np.zeros((6, 6, 3), np.uint8)})
-    assert set(take(1, plain, batch_size=4)[0]) == {"image", "index"}
+def test_columns_convert_what_records_hold():
+    rows = {"whole": 3, "real": 0.5, "row": np.ones(4, np.float64), "text": "abc", "yes": True}
+    source = Source("all", 5, lambda i: {"image": np.zeros((6, 6, 3), np.uint8), **rows}, tuple(rows))
+    assert set(take(1, source, batch_size=4)[0]) == {"image", "index"}
+    columns = {key: Column(key) for key in rows} | {"twice": Column("whole", lambda values: 2 * np.array(values))}
+    (batch,) = take(1, source, batch_size=4, columns=columns)
+    found = {name: (batch[name].dtype, batch[name].shape) for name in columns if name != "twice"}
+    assert found == {
+        "whole": (np.int32, (4,)),
+        "real": (np.float32, (4,)),
+        "row": (np.float32, (4, 4)),
+        "text": (object, (4,)),
+        "yes": (np.bool_, (4,)),
+    }
+    assert batch["twice"].tolist() == [6] * 4 and batch["text"].tolist() == ["abc"] * 4
+
+
+def test_loaders_are_mappings_or_objects():
+    want = take(2, toy(20), loader=RANDOM, batch_size=8)
+    settings = Loader(**RANDOM)
+    assert defaults(Loader) == Loader().__dict__
+    for loader in (settings, types.SimpleNamespace(**settings.__dict__)):
+        stream = batches(toy(20), loader, shape=SHAPE, batch_size=8, seed=0)
+        assert_same(want, list(itertools.islice(stream, 2)))
+
+
+# ---- edits ----
+
+
+def darker(pixels, rng):
+    """Half as bright, in a window; and the pixel at a place that is drawn."""
+    place = rng.integers(6, size=2)
+    return pixels[:4, :5] // 2, {"pixel": pixels[tuple(place)][None, None]}
+
+
+def test_edits_change_pictures_and_add_others():
+    plain, edited = (take(3, toy(20), loader=RANDOM, batch_size=8, edit=edit) for edit in (None, darker))
+    for before, after in zip(plain, edited, strict=True):
+        assert after.keys() == {"image", "pixel", "index"} and before.keys() == {"image", "index"}
+        assert after["image"].shape == (8, 4, 5, 3) and after["pixel"].shape == (8, 1, 1, 3)
+        levels = np.round((before["image"] + 1) * 127.5).astype(int)
+        np.testing.assert_allclose(after["image"], (levels[:, :4, :5] // 2) / 127.5 - 1, atol=1e-6)
+        for picture, pixel in zip(before["image"], after["pixel"], strict=True):
+            assert (picture == pixel).all(-1).any()
+    assert len({after["pixel"].tobytes() for after in edited}) == 3
+    assert_same(edited[1:], take(2, toy(20), loader=RANDOM, batch_size=8, edit=darker, start_step=1))
+
+
+def test_batches_without_rows_have_edited_pictures_and_columns():
+    kwargs = {"batch_size": 8, "train": False, "edit": darker, "columns": LABEL, "process_count": 4}
+    parts = [take(99, toy(17), process_index=p, **kwargs) for p in range(4)]
+    empty = parts[3][2]
+    assert {name: (values.shape, values.dtype) for name, values in empty.items()} == {
+        name: ((0, *values.shape[1:]), values.dtype) for name, values in parts[0][0].items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -211,8 +253,8 @@ def test_labels_come_by_default_where_there_are_any():
     [
         ({"batch_size": 6, "process_count": 4}, "batch size 6 is not divisible by 4 processes"),
         ({"batch_size": 0}, "batch size 0"),
-        ({"batch_size": 4, "keys": ("depth",)}, r"no 'depth', only \['label', 'caption'\]; toy"),
-        ({"batch_size": 4, "data": {"crop": "middle"}}, "unknown crop 'middle'; data.crop"),
+        ({"batch_size": 4, "columns": {"d": Column("depth")}}, r"no 'depth', only \['label', 'caption'\]; toy"),
+        ({"batch_size": 4, "loader": {"crop": "middle"}}, "unknown crop 'middle'; loader.crop"),
     ],
 )
 def test_bad_requests_are_refused_at_once(kwargs, text):
@@ -221,6 +263,10 @@ def test_bad_requests_are_refused_at_once(kwargs, text):
 
 
 # ---- captions ----
+
+
+def spelled(**more):
+    return {"text": Column("caption", spell), **more}
 
 
 def spell(captions):
@@ -244,19 +290,22 @@ def read_back(batch):
 
 
 def test_captions_become_text():
-    for batch in take(3, toy(20), batch_size=8, tokenize=spell):
-        assert set(batch) == {"image", "index", "label", "text"}
+    for batch in take(3, toy(20), batch_size=8, columns=spelled()):
+        assert set(batch) == {"image", "index", "text"}
         assert batch["text"].shape == (8, 12) and batch["text"].dtype == np.int32
         assert read_back(batch) == [f"number {i}" for i in batch["index"]]
     assert_same(
-        [{k: v for k, v in batch.items() if k != "text"} for batch in take(3, toy(20), batch_size=8, tokenize=spell)],
+        [
+            {k: v for k, v in batch.items() if k != "text"}
+            for batch in take(3, toy(20), batch_size=8, columns=spelled())
+        ],
         take(3, toy(20), batch_size=8),
     )
 
 
 def test_one_of_several_captions_is_drawn_at_each_visit():
     seen = {i: [] for i in range(8)}
-    stream = take(30, talkative(8), batch_size=8, tokenize=spell, keys=("caption",))
+    stream = take(30, talkative(8), batch_size=8, columns=spelled(caption=Column("caption")))
     for batch in stream:
         assert batch["caption"].tolist() == read_back(batch)
         for i, text in zip(batch["index"], read_back(batch), strict=True):
@@ -265,28 +314,33 @@ def test_one_of_several_captions_is_drawn_at_each_visit():
             seen[int(i)].append(letter)
     assert {i: set(letters) for i, letters in seen.items()} == {i: set("abc"[: i % 3 + 1]) for i in range(8)}
     assert all(3 < seen[i].count(letter) < 18 for i in (2, 5) for letter in "abc"), "even"
-    assert_same(stream[7:9], take(2, talkative(8), batch_size=8, tokenize=spell, keys=("caption",), start_step=7))
-    again = take(9, talkative(8), batch_size=8, tokenize=spell, seed=1)
+    assert_same(
+        stream[7:9], take(2, talkative(8), batch_size=8, columns=spelled(caption=Column("caption")), start_step=7)
+    )
+    again = take(9, talkative(8), batch_size=8, columns=spelled(), seed=1)
     assert [sorted(read_back(batch)) for batch in again] != [sorted(read_back(batch)) for batch in stream[:9]]
 
 
 def test_processes_share_captions_too():
-    whole = take(4, talkative(17), batch_size=8, tokenize=spell)
-    parts = [take(4, talkative(17), batch_size=8, tokenize=spell, process_index=p, process_count=2) for p in range(2)]
+    whole = take(4, talkative(17), batch_size=8, columns=spelled())
+    parts = [
+        take(4, talkative(17), batch_size=8, columns=spelled(), process_index=p, process_count=2) for p in range(2)
+    ]
     assert_same(whole, [{k: np.concatenate([part[n][k] for part in parts]) for k in whole[n]} for n in range(4)])
 
 
 def test_examples_have_first_captions_as_text_and_as_they_are():
-    batch = examples(talkative(5), DATA, shape=SHAPE, limit=4, tokenize=spell)
+    columns = spelled(caption=Column("caption"))
+    batch = examples(talkative(5), Loader(), shape=SHAPE, limit=4, columns=columns)
     assert batch["caption"].tolist() == read_back(batch) == ["0 a", "1 a", "2 a", "3 a"]
-    batch = examples(toy(5), DATA, shape=SHAPE, limit=2, tokenize=spell)
-    assert set(batch) == {"image", "index", "label", "caption", "text"}
-    assert set(examples(toy(5), DATA, shape=SHAPE, limit=2)) == {"image", "index", "label"}
+    batch = examples(toy(5), Loader(), shape=SHAPE, limit=2, columns=LABEL)
+    assert set(batch) == {"image", "index", "label"} and batch["label"].tolist() == [0, 1]
+    assert set(examples(toy(5), Loader(), shape=SHAPE, limit=9)) == {"image", "index"}
 
 
 def test_batches_without_rows_have_text_of_the_same_length():
     parts = [
-        take(9, talkative(9), batch_size=8, train=False, tokenize=spell, process_index=p, process_count=2)
+        take(9, talkative(9), batch_size=8, train=False, columns=spelled(), process_index=p, process_count=2)
         for p in range(2)
     ]
     assert [[batch["text"].shape for batch in part] for part in parts] == [[(4, 12), (1, 12)], [(4, 12), (0, 12)]]
@@ -298,7 +352,7 @@ def classes(size, labels=(0, 1, 2)):
 
 
 def test_classes_are_captioned_by_their_names():
-    (batch,) = take(1, classes(6), batch_size=6, tokenize=spell, train=False)
+    (batch,) = take(1, classes(6), batch_size=6, columns=spelled() | LABEL, train=False)
     assert read_back(batch) == ["tabby cat", "dog", "ring"] * 2 and batch["label"].tolist() == [0, 1, 2] * 2
     assert captioned(classes(2, labels=(-1,)))[0]["caption"] == ""
     source = toy(3)
@@ -309,116 +363,17 @@ def test_classes_are_captioned_by_their_names():
 def test_data_that_nothing_captions_are_refused(keys):
     source = Source("plain", 5, lambda i: {"image": np.zeros((6, 6, 3), np.uint8), "label": 0}, keys)
     with pytest.raises(UserError, match="the data have neither captions nor named classes; plain; take other data"):
-        batches(source, DATA, shape=SHAPE, batch_size=1, seed=0, tokenize=spell)
-
-
-# ---- mixes ----
-
-
-def test_mix_holds_sources_by_weight_and_every_record():
-    mixed = mix([talkative(10), classes(4), toy(3)], [3, 1, 1])
-    assert len(mixed) == 5 * 4 and mixed.keys == ("caption",) and mixed.class_names == ()
-    where = [mixed.where(i) for i in range(20)]
-    for start in range(0, 20, 5):
-        assert [w.split(" of ")[1] for w in where[start : start + 5]].count("talkative") == 3
-    assert [w.split(" of ")[1] for w in where[:5]] == ["talkative", "talkative", "classes", "toy", "talkative"]
-    records = {
-        name: [w.split(" of ")[0] for w in where if w.endswith(name)] for name in ("talkative", "classes", "toy")
-    }
-    assert records["talkative"] == [f"record {i % 10}" for i in range(12)]
-    assert records["classes"] == [f"record {i}" for i in range(4)]
-    assert records["toy"] == [f"img/{i % 3:05d}.png" for i in range(4)]
-    captions = [record["caption"] for record in mixed]
-    assert captions[:5] == ["0 a", ("1 a", "1 b"), "tabby cat", "number 0", ("2 a", "2 b", "2 c")]
-    assert mixed[2].keys() == {"image", "caption"}
-    np.testing.assert_array_equal(mixed[3]["image"], toy(3)[0]["image"])
-
-
-def test_mix_of_one_is_that_one():
-    mixed = mix([toy(7)], [1])
-    assert [record["caption"] for record in mixed] == [record["caption"] for record in toy(7)]
-
-
-def test_mix_with_a_source_that_nothing_captions_has_pictures_only():
-    plain = Source("plain", 5, lambda i: {"image": np.zeros((6, 6, 3), np.uint8)})
-    mixed = mix([toy(5), plain], [1, 1])
-    assert mixed.keys == () and mixed[0].keys() == {"image"}
-    (batch,) = take(1, mixed, batch_size=10, train=False)
-    assert set(batch) == {"image", "index"}
-    with pytest.raises(UserError, match="neither captions nor named classes; mix of 1 toy, 1 plain; "):
-        take(1, mixed, batch_size=10, tokenize=spell)
-
-
-def test_mixed_batches_resume_and_name_bad_records(caplog):
-    caplog.set_level(logging.WARNING, "diffax.data")
-    mixed = mix([toy(10, bad={4}), talkative(10)], [1, 1])
-    straight = take(8, mixed, batch_size=6, tokenize=spell)
-    assert_same(straight[5:], take(3, mixed, batch_size=6, tokenize=spell, start_step=5))
-    assert "skipping img/00004.png of toy: truncated" in caplog.text
-
-
-def test_source_has_a_length_and_an_end():
-    source = toy(3)
-    assert [len(source), source[2]["label"], len(list(source))] == [3, 2, 3]
-    with pytest.raises(IndexError, match="record 3 of 3; toy"):
-        source[3]
-
-
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        ({"name": "digit"}, "unknown data 'digit', there is digits, .*did you mean 'digits'"),
-        ({"name": "zzz"}, "unknown data 'zzz'.*choose one of them"),
-        ({"name": "folder"}, "no folder given; data.path"),
-        ({"name": "folder", "path": "/no/such"}, "no such folder; data.path='/no/such'"),
-        ({"name": "captions", "path": "/no/such"}, "no such folder; data.path='/no/such'"),
-        ({"name": "tfds"}, "no folder given; data.path"),
-        ({"name": "tfds", "path": "/no/such"}, "no dataset_info.json below data.path; /no/such"),
-        ({"name": "digits", "data_dir": "gs://bucket/x"}, "not a local folder; data.data_dir"),
-        ({"name": "shapes", "holdout": ("red star",)}, "no such combination 'red star'"),
-        ({"name": "shapes", "split": "holdout"}, "split 'holdout' is empty; data.holdout"),
-        ({"name": "mix"}, "not a part of a mix: ''; data.path=''; write data apart by commas"),
-        ({"name": "mix", "path": "shapes, mix"}, "not a part of a mix: 'mix'"),
-        ({"name": "mix", "path": "0.5 shapes"}, "not a part of a mix: '0.5 shapes'"),
-        ({"name": "mix", "path": "0 shapes"}, "not a part of a mix: '0 shapes'"),
-        ({"name": "mix", "path": "9999 shapes"}, "a whole weight of 1 to 1000"),
-        ({"name": "mix", "path": "2 folder"}, "no folder given; data.path"),
-        ({"name": "mix", "path": "captions /no/such"}, "no such folder; data.path='/no/such'"),
-    ],
-)
-def test_bad_data_sections_are_refused_before_anything_is_prepared(change, text, tmp_path):
-    with pytest.raises(UserError, match=text) as caught:
-        load_source(DATA | {"data_dir": str(tmp_path)} | change, shape=SHAPE)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_shapes_with_other_channels_are_refused():
-    with pytest.raises(UserError, match="images have 1 or 3 channels, got 4"):
-        load_source(DATA | {"name": "digits"}, shape=(8, 8, 4))
-
-
-def test_names_are_the_datasets():
-    assert names() == [
-        "digits",
-        "shapes",
-        "photos",
-        "cifar10",
-        "mnist",
-        "folder",
-        "captions",
-        "tfds",
-        "mix",
-    ]
+        batches(source, Loader(), shape=SHAPE, batch_size=1, seed=0, columns=spelled())
 
 
 def test_reading_needs_no_tensorflow_and_a_live_iterator_lets_the_program_end(tmp_path):
     """Two programs prepare the same data at once: one does it, both read it, both end."""
     program = f"""
 import sys
-from diffax.data import batches, load_source
-data = {DATA | {"name": "digits", "data_dir": str(tmp_path)}!r}
-stream = batches(load_source(data, shape=(8, 8, 1)), data, shape=(8, 8, 1), batch_size=4, seed=0)
+from diffax.components import build, spec
+from diffax.data import Loader, batches
+source = build(spec("data", "digits", data_dir={str(tmp_path)!r}), "data").open((8, 8, 1))
+stream = batches(source, Loader(), shape=(8, 8, 1), batch_size=4, seed=0)
 print(next(stream)['index'].tolist())
 print([name for name in ('tensorflow', 'torch') if name in sys.modules])
 """
