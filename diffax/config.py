@@ -60,7 +60,7 @@ def top(
 def trained(
     *,
     data: Annotated[Any, Of("data", "digits"), TRAINING],
-    loader: Annotated[Any, Group("diffax.training.settings:loader")],
+    loader: Annotated[Any, Group("diffax.data.pipeline:Loader")],
     train: Annotated[Any, Group("diffax.training.settings:train")],
     workdir: Annotated[str, RUNTIME] = "",
 ) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffax.conditions.base import Condition
+from diffax.data.pipeline import Column
 from diffax.diffusion import augment, samplers
 
 Array = jax.Array
@@ -77,8 +78,8 @@ class Model(Protocol):
     def update_extra(self, extra: Any, feedback: Any) -> Any:
         """The next `extra`, from the feedback of the whole global batch."""
 
-    def columns(self) -> dict[str, tuple[str, Callable | None]]:
-        """{name in a batch: (name in a record of the data, list of values -> array)}."""
+    def columns(self) -> dict[str, Column]:
+        """What a batch of the data holds besides its pictures."""
 
     def prepare(self, params: Mapping[str, Params], batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of the data as `loss` reads it; `params` are those of `frozen` models."""
@@ -209,9 +210,10 @@ def add_batch(examples: Mapping[str, Any], n: int) -> dict[str, Any]:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), dict(examples))
 
 
-def columns_of(conditions: Mapping[str, Condition]) -> dict[str, tuple[str, Callable | None]]:
-    """The columns of all conditions."""
-    return {name: column for c in conditions.values() for name, column in c.columns().items()}
+def columns_of(conditions: Mapping[str, Condition]) -> dict[str, Column]:
+    """What all conditions read of the data, by its name in a batch."""
+    columns = {name: column for c in conditions.values() for name, column in c.columns().items()}
+    return {name: Column(key, convert) if convert else Column(key) for name, (key, convert) in columns.items()}
 
 
 def edit_of(conditions: Mapping[str, Condition]) -> Callable | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from diffax.components import TRAINING, WIRED, In, Length, Of, component
 from diffax.conditions.base import Condition
 from diffax.conditions.label import Label
+from diffax.data.pipeline import Column
 from diffax.diffusion import losses
 from diffax.diffusion.process import diffuse
 from diffax.diffusion.schedules import NoiseLevel, NoiseSchedule
@@ -72,7 +73,7 @@ class NoisedClassifier:
         """The next state of the timestep sampler."""
         return self.timesteps.update(extra, *feedback)
 
-    def columns(self) -> dict[str, tuple[str, Callable | None]]:
+    def columns(self) -> dict[str, Column]:
         """Labels."""
         return base.columns_of(self.conditions)
 

@@ -12,6 +12,7 @@ from diffax.components import RUNTIME, TRAINING, WIRED, Group, In, Length, Of, c
 from diffax.conditions.base import Condition
 from diffax.conditions.text import Captioned
 from diffax.conditions.tokenizers import LazyTokenizer
+from diffax.data.pipeline import Column
 from diffax.diffusion import losses
 from diffax.diffusion.guidance import unit
 from diffax.diffusion.process import diffuse
@@ -132,7 +133,7 @@ class Clip:
         """The next state of the timestep sampler."""
         return self.timesteps.update(extra, *feedback)
 
-    def columns(self) -> dict[str, tuple[str, Callable | None]]:
+    def columns(self) -> dict[str, Column]:
         """Captions."""
         return base.columns_of(self.conditions)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffax.components import RUNTIME, WIRED, Each, Group, In, Of, Section, component
 from diffax.conditions.base import Condition, drop, zeros
+from diffax.data.pipeline import Column
 from diffax.diffusion import losses
 from diffax.models import base, codes
 from diffax.models.base import Params
@@ -176,7 +177,7 @@ class CodePrior:
         del feedback
         return extra
 
-    def columns(self) -> dict[str, tuple[str, Callable | None]]:
+    def columns(self) -> dict[str, Column]:
         """What a batch holds besides its pictures."""
         return base.columns_of(self.conditions)
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from diffax.components import RUNTIME, TRAINING, WIRED, Each, In, Length, Of, Section, component
 from diffax.conditions.base import Condition, drop, zeros
+from diffax.data.pipeline import Column
 from diffax.diffusion import guidance as guidances
 from diffax.diffusion import losses, samplers, schedules
 from diffax.diffusion.process import diffuse, expand, posterior, predict
@@ -159,7 +160,7 @@ class DiffusionModel:
         """The next state of the timestep sampler."""
         return self.timesteps.update(extra, *feedback)
 
-    def columns(self) -> dict[str, tuple[str, Callable | None]]:
+    def columns(self) -> dict[str, Column]:
         """What a batch holds besides its pictures."""
         return base.columns_of(self.conditions)
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from diffax.networks.layers import Style, TransformerBlock, dense, layer_norm, rematerialized
-from diffax.networks.unet import Context
+from diffax.networks.context import Context
 
 Array = jax.Array
 
@@ -41,8 +41,6 @@ class Text(nn.Module):
     final_norm: bool = True
     padding_embedding: bool = True
     remat: str = "none"
-
-    null = -1  # at every position: the empty caption
 
     @nn.compact
     def __call__(self, text: Array, z: Array) -> Context:
@@ -80,6 +78,3 @@ class Text(nn.Module):
         head = self.style._replace(dtype="float32")
         # zero: at first a caption says nothing, where at random it would be noise to the U-Net, which would unlearn it
         return Context(vector=dense(head, self.features, zero=True, name="proj")(h[:, -1]), sequence=h)
-
-    def example(self, z: Array) -> Array:
-        return jnp.full((z.shape[0], self.length), self.null, jnp.int32)

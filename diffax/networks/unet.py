@@ -4,12 +4,11 @@ Ho et al. 2020 (appendix B), Nichol & Dhariwal 2021 (section 2, appendix A), Dha
 (section 3), Nichol et al. 2021 (section 3). One network: the papers differ in its fields, and in what `Context` holds.
 """
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.networks.context import Context
 from diffax.networks.layers import (
     AttentionBlock,
     Downsample,
@@ -30,22 +29,6 @@ from diffax.networks.layers import (
 Array = jax.Array
 RESAMPLES = ("conv", "pool", "biggan")
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
-
-
-class Context(NamedTuple):
-    """Everything a network is told besides z and its clock.
-
-    Attributes:
-      vector: [B, 4 * channels], added to the embedded clock; or None.
-      sequence: [B, S, D], attended to by every attention block (text); or None.
-      planes: [B, H, W, K], concatenated to z after its channels; or None.
-      mask: [B, S] bool, which places of the sequence there are; None: all.
-    """
-
-    vector: Array | None = None
-    sequence: Array | None = None
-    planes: Array | None = None
-    mask: Array | None = None
 
 
 class Encoder(nn.Module):
