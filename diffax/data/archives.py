@@ -27,6 +27,7 @@ class Archive:
 
     @property
     def file_name(self) -> str:
+        """The last part of its address."""
         return self.url.rsplit("/", 1)[-1]
 
 
@@ -149,9 +150,9 @@ def read_cifar10(path: str, split: str) -> Iterator[tuple[np.ndarray, int]]:
     A batch is records of one label byte and 3x32x32 channel-first pixels.
     """
     names = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
-    wanted = names[split]
-    batches = {name.rsplit("/", 1)[-1]: data for name, data in tar_members(path) if name.rsplit("/", 1)[-1] in wanted}
-    for name in wanted:
+    members = names[split]
+    batches = {name.rsplit("/", 1)[-1]: data for name, data in tar_members(path) if name.rsplit("/", 1)[-1] in members}
+    for name in members:
         data = batches.get(name, b"")
         if not data or len(data) % 3073:
             raise _refuse(path, f"{name} is missing or holds no whole number of records")

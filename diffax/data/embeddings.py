@@ -45,7 +45,8 @@ def write_embeddings(
       embed: pictures [n, *shape] in [-1, 1] -> [n, E] float32.
       clip: what identifies the network.
       batch_size: pictures at once.
-      process_index, process_count: each of several processes makes every process_count-th file.
+      process_index: of this process, which makes every process_count-th file.
+      process_count: of all.
       shard: records in a file.
 
     Yields:
@@ -167,7 +168,7 @@ def _write_records(name: str, rows: Sequence[bytes]) -> None:
 
 
 def _write(path: pathlib.Path, write: Callable[[str], object]) -> None:
-    """Has a new file written that then takes `path`."""
+    """Writes a new file, which then takes the place of `path`."""
     with replacing(path) as temporary:
         try:
             write(str(temporary))
@@ -184,11 +185,11 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         ) from None
 
 
-def _agree(folder: pathlib.Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises UserError if the folder's embeddings, `found` or what its listing says, are not those wanted."""
+def _agree(folder: pathlib.Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises UserError if the folder's embeddings, `found` or what its listing says, are not as expected."""
     if not found and (folder / LISTING).exists():
         found = _read(folder)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if found and found.get(name) != value:
             raise UserError(
                 f"the embeddings are of {name} {found.get(name)!r}, not {value!r}; {folder}; choose another folder, or "

@@ -102,6 +102,8 @@ def cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Args:
       pixels: uint8 [h, w, c], c in (1, 3).
+      height: of the target.
+      width: of the target.
 
     Returns:
       uint8 [h', w', c] with h' >= height, w' >= width, one of them equal.
@@ -246,7 +248,7 @@ def degraded(factor: int, kind: str, crop: int = 0, *, name: str = "low_res") ->
 def degrade(pixels: np.ndarray, factor: int, rng: np.random.Generator, how: Degradation) -> np.ndarray:
     """The picture `factor` times smaller and made worse in an order drawn anew (BSRGAN, Zhang et al. 2021).
 
-    Blurs, a resize to a size drawn at random and one to the size wanted, noise and JPEG in any order (but that of the
+    Blurs, a resize to a size drawn at random and one to the final size, noise and JPEG in any order (but that of the
     two resizes), then JPEG once more. DALL-E 2 shows its second upsampler such pictures (section 2.1).
 
     Args:

@@ -2,6 +2,11 @@
 
 Neither the number of hosts nor the number of reader threads nor where a run was resumed changes a
 batch, so a checkpoint needs the step and no state of the reader.
+
+Training goes on for ever: every epoch visits each record once in a new order (an epoch need not end with a batch).
+Flips, crops, edits and one of a picture's captions are drawn from (seed, position). Otherwise the records come once, in
+order, unflipped and centre-cropped, with their first captions, and the last batch may be short, or empty on the later
+processes. A record that cannot be read is replaced by the next one that can, and named once.
 """
 
 import dataclasses
@@ -22,7 +27,7 @@ from diffax.errors import RunError, UserError
 
 log = logging.getLogger("diffax.data")
 
-# Grain needs a length where we mean "for ever".
+# Rows; Grain needs a length where we mean "for ever".
 _ENDLESS = 2**48
 
 # (uint8 pixels [h, w, c], generator) -> (the pixels to learn, {name: another uint8 picture that goes with them})
@@ -85,16 +90,6 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's rows of global batch `start_step`, `start_step + 1`, ...
 
-    Training goes on for ever: every epoch visits each record once in a new order (an epoch need
-    not end with a batch), and flips and crops are drawn from (seed, position). Without `train` the
-    records come once, in order, unflipped and centre-cropped, and the last batch may be short, or
-    empty on the later processes.
-
-    A record that cannot be read is replaced by the next one that can, and named once.
-
-    Of a picture's captions one is drawn from (seed, position), without `train` the first is taken. Data without
-    captions are captioned by the names of their classes.
-
     Args:
       source: such as `Data.open` returns.
       loader: how to read it: a `Loader`, a mapping of some of its fields, or an object with these attributes.
@@ -104,7 +99,7 @@ def batches(
       start_step: number of the first batch.
       process_index: of this process.
       process_count: of all.
-      columns: what to yield besides, by its name in the batch.
+      columns: what to yield besides, by its name in the batch; captions can be the names of classes.
       edit: changes every picture after flip and crop, and adds pictures; draws from (seed, position).
       train: whether to train on them.
 
@@ -116,8 +111,6 @@ def batches(
       UserError: a batch that processes cannot share evenly, a key the data do not have, data that nothing captions.
       RunError: (while iterating) more than loader.max_bad records are unreadable.
     """
-    import grain
-
     settings = Loader(**loader) if isinstance(loader, Mapping) else loader
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
@@ -125,31 +118,18 @@ def batches(
         )
     source = _with_keys(source, [column.key for column in columns.values()])
     read = _reader(source, settings, shape=tuple(shape), seed=seed, edit=edit, train=train)
-    rows = batch_size // process_count
-    # Threads read a few rows at a time: single ones cost more in hand-overs than in decoding.
-    chunk = math.gcd(rows, 16)
-    parts = rows // chunk
+    rows, size = batch_size // process_count, _ENDLESS if train else len(source)
 
-    def load(job: int) -> list[_Row]:
-        step, part = divmod(job, parts)
-        first = step * batch_size + process_index * rows + part * chunk
-        last = first + chunk if train else min(first + chunk, len(source))
-        return [read(position) for position in range(first, last)]
+    def positions(step: int) -> range:
+        first = step * batch_size + process_index * rows
+        return range(min(first, size), min(first + rows, size))
 
-    def collate(jobs: Sequence[list[_Row]]) -> dict[str, np.ndarray]:
-        found = list(itertools.chain(*jobs))
-        # A batch without rows has their types and shapes all the same.
+    def collate(found: Sequence[_Row]) -> dict[str, np.ndarray]:
+        # A batch without rows has the types and shapes of one with rows.
         batch = _collate(found or [read(0)], columns)
         return batch if found else {name: values[:0] for name, values in batch.items()}
 
-    end = _ENDLESS if train else -(-len(source) // batch_size)
-    threads = settings.workers or min(16, 2 * (os.cpu_count() or 1))
-    return iter(
-        grain.MapDataset.range(start_step * parts, end * parts)
-        .map(load)
-        .to_iter_dataset(grain.ReadOptions(threads, max(threads, 2 * parts)))
-        .batch(parts, batch_fn=collate)
-    )
+    return _in_threads(read, positions, collate, range(start_step, -(-size // batch_size)), rows, settings.workers)
 
 
 def examples(
@@ -163,6 +143,34 @@ def examples(
     """The first `limit` records in order, as one batch: see `batches`."""
     size = min(limit, len(source))
     return next(batches(source, loader, shape=shape, batch_size=size, seed=0, columns=columns, train=False))
+
+
+def _in_threads(
+    read: Callable[[int], Any],
+    positions: Callable[[int], range],
+    collate: Callable[[list[Any]], Any],
+    steps: range,
+    rows: int,
+    workers: int,
+) -> Iterator[Any]:
+    """What `collate` makes of the rows of each step, read ahead by threads."""
+    import grain
+
+    # Threads read a few rows at a time: single ones cost more in hand-overs than in decoding.
+    chunk = math.gcd(rows, 16)
+    parts = rows // chunk
+
+    def load(job: int) -> list[Any]:
+        step, part = divmod(job, parts)
+        return [read(position) for position in positions(step)[part * chunk : (part + 1) * chunk]]
+
+    threads = workers or min(16, 2 * (os.cpu_count() or 1))
+    return iter(
+        grain.MapDataset.range(steps.start * parts, steps.stop * parts)
+        .map(load)
+        .to_iter_dataset(grain.ReadOptions(threads, max(threads, 2 * parts)))
+        .batch(parts, batch_fn=lambda jobs: collate(list(itertools.chain(*jobs))))
+    )
 
 
 def _with_keys(source: Source, keys: Sequence[str]) -> Source:
@@ -278,10 +286,10 @@ class _Reader:
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, wanted: int) -> dict[str, Any]:
-        """The record `wanted`, or the first readable one after it, cyclically."""
+    def __call__(self, number: int) -> dict[str, Any]:
+        """The record of that number, or the first readable one after it, cyclically."""
         for offset in range(len(self._source)):
-            index = (wanted + offset) % len(self._source)
+            index = (number + offset) % len(self._source)
             try:
                 return self._source[index] | {"index": index}
             except image_ops.BadRecord as error:

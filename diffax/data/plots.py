@@ -49,7 +49,7 @@ class Panel(NamedTuple):
 
     Attributes:
       xlabel: what x is, with its unit; ylabel: what y is.
-      curves: {name: (x [N], y [N])}; a legend tells several apart.
+      curves: {name: (x [N], y [N])}; several have a legend.
       notes: N texts to write beside the points of every curve, or None.
     """
 

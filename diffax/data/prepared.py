@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -80,28 +81,14 @@ def read_prepared(builder, split: str, channels: int, label: str = "label") -> S
     Raises:
       UserError: no such split or column, or no image.
     """
-    import tensorflow_datasets as tfds
-
     features = builder.info.features
-    image_key = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
-    if image_key is None:
-        raise UserError(f"no image among the features {sorted(features)}; {builder.data_dir}; take another dataset")
-    labels = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel))
+    image_key, labels, caption_key = _columns(builder)
     if label != "label" and label not in labels:
         raise UserError(
             f"the data have no column {label!r} of classes, there is {', '.join(labels) or 'none'}; data.label; "
             "name one of them"
         )
-    caption_key = next(
-        (key for key in ("caption", "captions", "text") if key in features and _is_text(features[key])),
-        None,
-    )
-    try:
-        records = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"no split {split!r} with data, there is {', '.join(builder.info.splits)}; {builder.data_dir}; data.split"
-        ) from error
+    records = _records(builder, split, image_key)
 
     def read(index: int) -> dict[str, Any]:
         try:
@@ -115,19 +102,37 @@ def read_prepared(builder, split: str, channels: int, label: str = "label") -> S
             record["caption"] = _texts(example[caption_key])
         return record | {"image": image_ops.decode(example[image_key], channels=channels)}
 
-    keys = dict.fromkeys((*labels, *(["label"] if label in labels else []), *(["caption"] if caption_key else [])))
+    keys = dict.fromkeys((*labels, *["label"] * (label in labels), *["caption"] * bool(caption_key)))
     stored = features[image_key].shape
     if None not in stored and len(records) * math.prod(stored[:2]) * channels <= CACHE_BYTES:
         read = functools.lru_cache(maxsize=None)(read)
-    names_ = tuple(features[label].names) if label in labels else ()
-    return Source(
-        f"{builder.info.full_name}[{split}]",
-        len(records),
-        read,
-        tuple(keys),
-        names_,
-        f"{builder.info.full_name}[{split}] record {{}}".format,
-    )
+    class_names = tuple(features[label].names) if label in labels else ()
+    name = f"{builder.info.full_name}[{split}]"
+    return Source(name, len(records), read, tuple(keys), class_names, f"{name} record {{}}".format)
+
+
+def _columns(builder) -> tuple[str, tuple[str, ...], str | None]:
+    """The names of the image, of the columns of classes, and of the captions."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    image = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
+    if image is None:
+        raise UserError(f"no image among the features {sorted(features)}; {builder.data_dir}; take another data set")
+    labels = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel))
+    captions = (key for key in ("caption", "captions", "text") if key in features and _is_text(features[key]))
+    return image, labels, next(captions, None)
+
+
+def _records(builder, split: str, image_key: str) -> Sequence[dict[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    try:
+        return builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"no split {split!r} with data, there is {', '.join(builder.info.splits)}; {builder.data_dir}; data.split"
+        ) from error
 
 
 def _is_text(feature) -> bool:

@@ -44,7 +44,7 @@ def _digits(side: int, archive_dir: str) -> dict[str, Iterator[dict[str, Any]]]:
 
 
 def _enlarge_digit(levels: np.ndarray, side: int) -> np.ndarray:
-    """float [8, 8] in 0..16 -> uint8 [side, side, 1], rounded once after the resize."""
+    """Float [8, 8] in 0..16 -> uint8 [side, side, 1], rounded once after the resize."""
     image = Image.fromarray(levels.astype(np.float32) * (255 / 16))
     if side != 8:
         image = image.resize((side, side), Image.Resampling.BICUBIC)

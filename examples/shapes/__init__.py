@@ -1,0 +1,1 @@
+"""A small world of captioned, coloured shapes."""

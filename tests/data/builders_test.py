@@ -74,7 +74,7 @@ def test_grey_digits_fill_three_equal_channels(root):
     assert image.shape == (8, 8, 3) and (image == image[..., :1]).all()
 
 
-def test_only_the_size_asked_for_is_prepared(tmp_path):
+def test_only_one_size_is_prepared(tmp_path):
     load(str(tmp_path), "digits", 8)
     assert os.listdir(tmp_path / "diffax_digits").count("8") == 1
     assert not {"16", "32"} & set(os.listdir(tmp_path / "diffax_digits"))
@@ -327,11 +327,11 @@ def test_damaged_idx_files_are_refused(tmp_path, content):
 
 class Server(BaseHTTPRequestHandler):
     content = bytes(range(256)) * 5000
-    asked: list = []
+    requests: list = []
 
     def do_GET(self):
         wanted = self.headers.get("Range")
-        self.asked.append(wanted)
+        self.requests.append(wanted)
         start = int(wanted[6:-1]) if wanted else 0
         if start >= len(self.content):
             self.send_error(416)
@@ -347,7 +347,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(monkeypatch):
-    monkeypatch.setattr(Server, "asked", [])
+    monkeypatch.setattr(Server, "requests", [])
     server = HTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/file.bin"
@@ -366,9 +366,9 @@ def test_downloads_go_on_where_they_stopped(tmp_path, url, have):
     with open(path, "rb") as file:
         assert file.read() == Server.content
     assert os.listdir(folder) == ["file.bin"]
-    assert Server.asked == [f"bytes={have}-" if have else None]
+    assert Server.requests == [f"bytes={have}-" if have else None]
     archives.fetch(archive, str(folder))
-    assert len(Server.asked) == 1
+    assert len(Server.requests) == 1
 
 
 def test_download_that_fails_says_what_to_do(tmp_path):
@@ -423,7 +423,7 @@ def test_dataset_info_that_is_damaged(tmp_path):
 def test_prepared_data_with_several_captions(tmp_path):
     """As MS-COCO has them: a list of texts for each picture."""
 
-    class Told(tfds.core.GeneratorBasedBuilder):
+    class Captioned(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -440,7 +440,7 @@ def test_prepared_data_with_several_captions(tmp_path):
                 pixels = np.zeros((8, 8, 3), np.uint8)
                 yield i, {"image": image_ops.encode_png(pixels), "captions": texts}
 
-    Told(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+    Captioned(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
     source = load_tfds(tmp_path, 3)
     assert source.keys == ("caption",)
     assert [record["caption"] for record in source] == [("a cat", "é"), ("one",), ""]

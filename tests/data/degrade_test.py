@@ -22,7 +22,7 @@ def test_convolution_equals_a_sum_over_shifts():
     np.testing.assert_allclose(image_ops.convolve(x, kernel), want, atol=1e-5)
 
 
-def test_kernels_have_the_deviations_asked_for():
+def test_kernels_have_their_deviations():
     place = np.arange(-12, 13)
     for sigmas, angle in (((1.5, 1.5), 0.0), ((3.0, 1.0), 0.0), ((3.0, 1.0), np.pi / 2)):
         kernel = image_ops.gaussian(12, *sigmas, angle)
@@ -67,7 +67,7 @@ def test_the_order_is_random_but_for_the_two_resizes(monkeypatch):
         monkeypatch.undo()
         assert seen.count(("blur", None)) == 2 and seen.count(("noise", None)) == 1
         sizes = [size for name, size in seen if name == "resize"]
-        assert sizes[-1] == (16, 16) and len(sizes) in (1, 2), "the resize to the size wanted is the last"
+        assert sizes[-1] == (16, 16) and len(sizes) in (1, 2), "the resize to the final size is the last"
         orders.add(tuple(name for name, _ in seen))
     assert len(orders) > 10
 

@@ -13,7 +13,7 @@ SHAPE, SIZE, RECORDS = (4, 4, 3), 5, 23
 
 
 def pictures(captions=True):
-    """Records whose first pixel tells their number; the third has two captions."""
+    """Records whose first pixel is 10 times their number; the third has two captions."""
 
     def read(index):
         image = np.full(SHAPE, 10 * index, np.uint8)

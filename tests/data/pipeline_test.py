@@ -46,7 +46,7 @@ def assert_same(left, right):
 RANDOM = {"flip": True, "crop": "random"}
 
 
-def test_batch_holds_what_was_asked_for():
+def test_batch_holds_its_columns():
     (batch,) = take(1, toy(20), batch_size=8, columns=LABEL | {"caption": Column("caption")})
     assert {key: (value.shape, value.dtype.str[1:]) for key, value in batch.items()} == {
         "image": ((8, *SHAPE), "f4"),
