@@ -41,7 +41,7 @@ ONLY_IN = {
     "huggingface_hub": {"weights"},
     "optax": {"training", "evaluation"},
     "ftfy": {"conditions"},
-    "ml_collections": {"config", "main"},
+    "ml_collections": {"components", "config", "main"},
     "matplotlib": {"data"},
 }
 # Rooms that may import nothing else but the standard library and diffax.

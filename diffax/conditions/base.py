@@ -1,8 +1,8 @@
 """What every condition of a model is: one object that data, training, sampling and evaluation use alike.
 
 A condition has up to three forms. A call of the sampler is *given* one (a label, the ids of a caption, a smaller
-picture); a training *batch* holds one; and the network's encoder reads an *input*. For most all three are one array, and
-then a condition is a few lines:
+picture); a training *batch* holds one; and the network's encoder reads an *input*. For most all three are one array,
+and then a condition is a few lines:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Pose(Condition):

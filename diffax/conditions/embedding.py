@@ -194,7 +194,7 @@ class ImageEmbedding(Condition):
         array, size = np.asarray(value), self.clip.features
         if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or array.shape[-1] != size:
             raise UserError(
-                f"{self.argument} is {array.shape}; sample_fn; pass [{size}] or [n, {size}], from sample_fn.embed(image)"
+                f"{self.argument} is {array.shape}; sample_fn; pass [{size}] or [n, {size}], as sample_fn.embed gives"
             )
         if not np.isfinite(array).all():
             raise UserError(f"{self.argument} is not finite; sample_fn; pass what sample_fn.embed(image) gives")

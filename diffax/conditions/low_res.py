@@ -94,9 +94,7 @@ class LowRes(Condition):
         if self.level > self.noise:
             raise ValueError(f"level must be at most noise, {self.noise:g}, got {self.level:g}")
         if self.degrade != "none" and (self.blur or self.jpeg):
-            raise ValueError(
-                f"degrade is {self.degrade!r}, which blurs and writes JPEG itself; leave blur and jpeg out"
-            )
+            raise ValueError(f"degrade is {self.degrade!r}, which blurs and writes JPEG itself; leave out blur, jpeg")
         if self.blur_sigma[0] > self.blur_sigma[1] or (self.jpeg and self.jpeg[0] > self.jpeg[-1]):
             raise ValueError(f"blur_sigma and jpeg are ranges, lowest first; got {self.blur_sigma} and {self.jpeg}")
         if self.truncated and not self.level:
@@ -170,9 +168,9 @@ class LowRes(Condition):
         except (TypeError, ValueError):
             wrong = True
         if wrong:
-            shape = getattr(value, "shape", "no array")
+            shape, channels = getattr(value, "shape", "no array"), self.shape[-1]
             raise UserError(
-                f"image is {shape}; sample_fn; pass one picture [h, w, {self.shape[-1]}], or [n, h, w, {self.shape[-1]}]"
+                f"image is {shape}; sample_fn; pass one picture [h, w, {channels}], or [n, h, w, {channels}]"
             )
         if not np.isfinite(image).all() or np.abs(image).max(initial=0) > 1 + 1e-3:
             raise UserError("image has values outside [-1, 1]; sample_fn; pass uint8, or floats in [-1, 1]")

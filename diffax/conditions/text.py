@@ -1,4 +1,4 @@
-"""Captions: read by a transformer that is trained with the network (GLIDE), or as tokens by the network (unCLIP's prior)."""
+"""Captions: read by a transformer that is trained with the network (GLIDE), or as tokens (unCLIP's prior)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

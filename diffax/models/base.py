@@ -1,8 +1,8 @@
 """The protocol of models, and what several of them share.
 
 A *model* is what one section of a config describes and one training run trains. A *generator* is a model that can be
-sampled. A system is a list of generators, sampled one after the other by `models.cascade`. Who trains, samples, scores or
-compiles a model knows this protocol and no kind of model.
+sampled. A system is a list of generators, sampled one after the other by `models.cascade`. Whoever trains, samples, scores
+or compiles a model knows this protocol and no kind of model.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ class Start:
       image: [B, H, W, C] in [-1, 1], what is edited, of the size of the last model; or None.
       known: [B, H, W, 1], 1 where the image stays as it is; or None.
       noise: [B, ...] the z that sampling starts from, in place of a draw; or None.
-      strength: share of the steps that are walked, from the noised image; 1: all, from noise (SDEdit, Meng et al. 2022).
+      strength: share of the steps that are walked, from the noised image (SDEdit, Meng et al. 2022); 1: all, from noise.
     """
 
     image: Array | None = None

@@ -1,7 +1,7 @@
 """p(y | z_t), a classifier that works at every noise level (ADM, section 4)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
@@ -109,7 +109,7 @@ class NoisedClassifier:
           **apply: passed to the network, such as dropout_keys.
 
         Returns:
-          'loss' (cross entropy, nats), 'top1' and 'top5' (1 where the label is the best, among the best five), [n] each.
+          'loss' (cross entropy, nats), 'top1' and 'top5' (1 where the label is the best, in the best five), [n] each.
         """
         x, label = batch["image"].astype(jnp.float32), batch["label"]
         logits = self.net.apply({"params": params}, diffuse(x, t, eps), t.time, **apply)

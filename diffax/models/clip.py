@@ -1,4 +1,4 @@
-"""CLIP: which caption goes with which picture (Radford et al. 2021), at every noise level if noised (GLIDE, section 2.4)."""
+"""CLIP: which caption goes with which picture (Radford et al. 2021); noised, at every noise level (GLIDE)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ LARGEST_LOGIT_SCALE = float(np.log(100.0))  # Radford et al. 2021
 
 
 class TextOut(NamedTuple):
-    """What the text encoder makes: the embedding [B, E], the sequence [B, L, W] and which of its places count [B, L]."""
+    """What the text encoder makes: embedding [B, E], sequence [B, L, W] and which of its places count [B, L]."""
 
     embedding: Array
     features: Array

@@ -1,7 +1,7 @@
 """The autoregressive prior: an image embedding of CLIP's, written code by code (DALL-E 2, section 2.2)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -202,9 +202,9 @@ class CodePrior:
     def loss(self, params, extra, batch, keys, position, total, gather=None):
         """See `base.Model.loss`: cross entropy of the codes of an embedding, each given those before it.
 
-        The bucket of the product of the two embeddings is one more condition, which is dropped with the caption. Metrics
-        are the loss, the mean over codes in nats, and the share of codes that are the most probable; also of each
-        quarter of the row, whose first components matter most.
+        The bucket of the product of the two embeddings is one more condition, which is dropped with the caption.
+        Metrics are the loss, the mean over codes in nats, and the share of codes that are the most probable; also of
+        each quarter of the row, whose first components matter most.
         """
         keys = base.split(keys, "drop", "dropout")
         x = batch["image_embedding"].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The diffusion model: of pictures, or of the embeddings that a prior makes (DDPM, Improved DDPM, ADM, CDM, GLIDE, unCLIP)."""
+"""The diffusion model: of pictures, or of the embeddings that a prior makes."""
 
 import dataclasses
 import functools
@@ -294,7 +294,7 @@ class DiffusionModel:
         return self.shape if size is None else (*size, self.shape[-1])
 
     def _begin(self, z: Array, steps: Transition, start: Start | None) -> tuple[Array, Transition, samplers.Sampler]:
-        """z, steps and sampler of a chain that begins somewhere else than at noise, or some of whose pixels are known."""
+        """z, steps and sampler of a chain that begins elsewhere than at noise, or some of whose pixels are known."""
         sampler = self.sampler
         if start is None:
             return z, steps, sampler
@@ -446,7 +446,7 @@ def _check_choices(predicts: str, variance: str | float, loss: Any, schedule: No
         )
     if not learned and getattr(loss, "needs_learned_variance", False):
         raise ValueError(
-            f"the loss trains a learned variance, but variance is {variance!r}; use 'learned_range', or the loss 'simple'"
+            f"the loss trains a variance, but variance is {variance!r}; use 'learned_range', or the loss 'simple'"
         )
 
 

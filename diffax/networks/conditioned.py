@@ -16,8 +16,8 @@ class Conditioned(nn.Module):
 
     Attributes:
       net: the network, whose parameters are called 'net'.
-      encoders: pairs (name of the condition, module); a module's parameters bear that name. Planes are concatenated to z
-        in this order (GLIDE: 'inpaint' before 'low_res'), and so are sequences.
+      encoders: pairs (name of the condition, module); a module's parameters bear that name. Planes are concatenated to
+        z in this order (GLIDE: 'inpaint' before 'low_res'), and so are sequences.
     """
 
     # otherwise the parameters of an encoder would be called encoders_0_1

@@ -75,8 +75,8 @@ class _Transformer(nn.Module):
 class Prior(_Transformer):
     """The diffusion prior: a causal transformer whose last token is the answer (DALL-E 2, section 2.2).
 
-    Its tokens are the conditions (the caption, then the text embedding), the timestep embedding, z, and a learned query. It is
-    trained to predict the clean embedding.
+    Its tokens are the conditions (the caption, then the text embedding), the timestep embedding, z, and a learned
+    query. It is trained to predict the clean embedding.
 
     Attributes:
       out_channels: size of the result, that of the embedding.

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffax.networks.layers import Style, TransformerBlock, dense, layer_norm, rematerialized
 from diffax.networks.context import Context
+from diffax.networks.layers import Style, TransformerBlock, dense, layer_norm, rematerialized
 
 Array = jax.Array
 

@@ -1,23 +1,24 @@
-"""The U-Net of DDPM, Improved DDPM, ADM and GLIDE, and the noised classifier that is its first half.
+"""The U-Net of DDPM, Improved DDPM, ADM and GLIDE, and its first half, the encoder.
 
 Ho et al. 2020 (appendix B), Nichol & Dhariwal 2021 (section 2, appendix A), Dhariwal & Nichol 2021
 (section 3), Nichol et al. 2021 (section 3). One network: the papers differ in its fields, and in what `Context` holds.
 """
 
+from typing import Annotated, Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.components import RUNTIME, TRAINING, WIRED, In, Length, component
 from diffax.networks.context import Context
 from diffax.networks.layers import (
     AttentionBlock,
     Downsample,
     GroupNorm,
     ResBlock,
-    SelfAttention,
     Style,
     Upsample,
-    choose,
     conv,
     dense,
     downsample,
@@ -27,22 +28,20 @@ from diffax.networks.layers import (
 )
 
 Array = jax.Array
-RESAMPLES = ("conv", "pool", "biggan")
-POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
 class Encoder(nn.Module):
-    """The first half of the U-Net: the clock, the way down and the middle.
+    """The first half of the U-Net: the timestep embedding, the way down and the middle.
 
     Attributes:
-      channels: base width C; the clock has 4 C.
+      channels: base width C; the timestep embedding has 4 C.
       channel_mult: width of each level, as a multiple of C; each level halves the size.
       num_res_blocks: residual blocks per level.
       attention: downsampling factors (1, 2, 4, ...) at which blocks are followed by attention.
       heads: attention heads, unless `head_channels` gives their width.
       head_channels: width of a head; 0: use `heads`.
       dropout: rate, in the residual blocks; active when keys for it are given.
-      scale_shift: how the clock enters a block: False adds, True scales and shifts.
+      scale_shift: how the timestep embedding enters a block: False adds, True scales and shifts.
       resample: 'conv' (3x3, stride 2; nearest + 3x3), 'pool' (2x2 mean; nearest) or 'biggan'
         (residual blocks that change the size).
       downsample_pad: 'both' edges or the 'end' only; of 'conv'.
@@ -52,24 +51,68 @@ class Encoder(nn.Module):
       remat: what is computed again for the backward pass, see `layers.rematerialized`.
     """
 
-    channels: int = 128
-    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 2
-    attention: tuple[int, ...] = (2,)
-    heads: int = 1
-    head_channels: int = 0
-    dropout: float = 0.0
+    channels: Annotated[int, In(4, 2**16)] = 128
+    channel_mult: Annotated[tuple[float, ...], In(0, 64, above=True), Length(1, 12)] = (1, 2, 2, 2)
+    num_res_blocks: Annotated[int, In(1, 64)] = 2
+    attention: Annotated[tuple[int, ...], In(1, 2**12), Length(0, 12)] = (2,)
+    heads: Annotated[int, In(1, 1024)] = 1
+    head_channels: Annotated[int, In(0, 2**16)] = 0
+    dropout: Annotated[float, In(0, 1, below=True), TRAINING] = 0.0
     scale_shift: bool = False
-    resample: str = "conv"
-    downsample_pad: str = "both"
-    sinusoid: str = "openai"
-    norm_eps: float = 1e-5
-    groups: int = 32
-    kernel_init: str = "torch"
-    dtype: str = "float32"
+    resample: Literal["conv", "pool", "biggan"] = "conv"
+    downsample_pad: Literal["both", "end"] = "both"
+    sinusoid: Literal["openai", "ho"] = "openai"
+    norm_eps: Annotated[float, In(0, 1, above=True)] = 1e-5
+    groups: Annotated[int, In(1, 2**16)] = 32
+    kernel_init: Annotated[Literal["torch", "ho"], TRAINING] = "torch"
+    dtype: Annotated[Literal["float32", "bfloat16"], RUNTIME] = "float32"
     mid_attention: bool = True
-    remat: str = "none"
-    flash: bool = False
+    remat: Annotated[Literal["none", "blocks"], RUNTIME] = "none"
+    flash: Annotated[bool, RUNTIME] = False
+
+    @property
+    def vector_width(self) -> int:
+        """Size of the embedded timestep, to which vectors of conditions are added."""
+        return 4 * self.channels
+
+    @property
+    def attends_at(self) -> set[int]:
+        """The downsampling factors with attention."""
+        return {*self.attention}
+
+    @property
+    def head_counts(self) -> set[int]:
+        """Numbers of attention heads, where `head_channels` does not give their width."""
+        return {self.heads}
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if the network cannot run on images of shape (H, W, C)."""
+        if len(shape) != 3:
+            raise ValueError(f"net runs on images (height, width, channels), but shape is {tuple(shape)}")
+        factors = [2**level for level in range(len(self.widths))]
+        for factor in self.attends_at - {*factors}:
+            raise ValueError(f"net.attention {factor} is no downsampling factor of this network; they are {factors}")
+        for factor, width in zip(factors, self.widths, strict=True):
+            if width < 1 or width % self.groups:
+                raise ValueError(
+                    f"net.channels {self.channels} and net.channel_mult {self.channel_mult} make a level of {width} "
+                    f"channels; it must be a multiple of net.groups {self.groups}"
+                )
+            if factor in self.attends_at or (self.mid_attention and factor == factors[-1]):
+                self._check_heads(factor, width)
+
+    def _check_heads(self, factor: int, width: int) -> None:
+        if self.head_channels and width % self.head_channels:
+            raise ValueError(
+                f"net.head_channels {self.head_channels} does not divide the {width} channels at factor {factor}; "
+                "change it or net.channels"
+            )
+        for heads in self.head_counts:
+            if not self.head_channels and width % heads:
+                raise ValueError(
+                    f"{heads} heads do not divide the {width} channels at factor {factor}; change net.heads, "
+                    "net.heads_up or net.channels"
+                )
 
     @property
     def style(self) -> Style:
@@ -132,6 +175,7 @@ class Encoder(nn.Module):
         return self.res_block(width, "mid_block_1")(h, vector, keys), skips
 
 
+@component("network", "unet")
 class UNet(Encoder):
     """The whole U-Net; fully convolutional, so it runs at other sizes than it was trained at.
 
@@ -141,9 +185,29 @@ class UNet(Encoder):
       attention_up: factors with attention on the way up; None: as on the way down.
     """
 
-    out_channels: int = 3
-    heads_up: int = 0
-    attention_up: tuple[int, ...] | None = None
+    out_channels: Annotated[int, WIRED] = 3
+    heads_up: Annotated[int, In(0, 1024)] = 0
+    attention_up: Annotated[tuple[int, ...] | None, In(1, 2**12)] = None
+
+    @property
+    def attends_at(self) -> set[int]:
+        """The downsampling factors with attention."""
+        return {*self.attention, *(self.attention_up or ())}
+
+    @property
+    def head_counts(self) -> set[int]:
+        """Numbers of attention heads."""
+        return {self.heads, self.heads_up or self.heads}
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if the network cannot run on images of shape (H, W, C)."""
+        super().check(shape)
+        factor = 2 ** (len(self.widths) - 1)
+        if any(size % factor for size in shape[:2]):
+            raise ValueError(
+                f"shape {tuple(shape)} cannot be halved {len(self.widths) - 1} times; use multiples of {factor} or "
+                "fewer entries in net.channel_mult"
+            )
 
     @nn.compact
     def __call__(self, z: Array, time: Array, context: Context, *, dropout_keys: Array | None = None) -> Array:
@@ -151,8 +215,8 @@ class UNet(Encoder):
 
         Args:
           z: [B, H, W, C].
-          time: [B] float32, the clock as the schedule numbers it.
-          context: what else it is told.
+          time: [B] float32, the timestep as the schedule numbers it.
+          context: of the conditions.
           dropout_keys: [B] typed PRNG keys; None: no dropout.
 
         Returns:
@@ -195,58 +259,3 @@ class UNet(Encoder):
         head = self.style._replace(dtype="float32")
         h = nn.silu(GroupNorm(head, name="norm_out")(h))
         return conv(head, self.out_channels, zero=True, name="conv_out")(h)
-
-
-class Classifier(Encoder):
-    """p(y | z): the first half of the U-Net under a pooling head (Dhariwal & Nichol 2021, sec. 4).
-
-    Attributes:
-      num_classes: number of logits.
-      pool: 'attention' (a token of the mean attends to all pixels, as in CLIP; binds the image
-        size), 'adaptive' (mean over the pixels), 'spatial' or 'spatial_v2' (the means of all
-        activations on the way down, into a hidden layer with ReLU or GroupNorm and SiLU, whose
-        output is sown as 'features' into 'intermediates').
-    """
-
-    num_classes: int = 1000
-    pool: str = "attention"
-
-    @nn.compact
-    def __call__(self, z: Array, time: Array, *, dropout_keys: Array | None = None) -> Array:
-        """z: [B, H, W, C], time: [B]. Returns logits [B, num_classes] float32."""
-        h, skips = self.encode(z, self.embed_time(time), dropout_keys)
-        head = self.style._replace(dtype="float32")
-        pooled = choose(
-            {
-                "attention": self._attention,
-                "adaptive": self._adaptive,
-                "spatial": self._spatial,
-                "spatial_v2": self._spatial,
-            },
-            self.pool,
-            "pool",
-        )
-        return pooled(head, h, skips)
-
-    def _attention(self, head: Style, h: Array, skips: list[Array]) -> Array:
-        h = nn.silu(GroupNorm(head, name="norm_out")(h))
-        tokens = h.reshape(h.shape[0], -1, h.shape[-1])
-        tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], 1)
-        width = tokens.shape[-1]
-        position = self.param("position", nn.initializers.normal(width**-0.5), tokens.shape[1:])
-        pool = SelfAttention(head, self.num_heads(width, self.heads), self.num_classes, name="attention")
-        return pool(tokens + position)[:, 0]
-
-    def _adaptive(self, head: Style, h: Array, skips: list[Array]) -> Array:
-        h = nn.silu(GroupNorm(head, name="norm_out")(h)).mean((1, 2))
-        return dense(head, self.num_classes, zero=True, name="logits")(h)
-
-    def _spatial(self, head: Style, h: Array, skips: list[Array]) -> Array:
-        means = [x.astype(jnp.float32).mean((1, 2)) for x in (*skips, h)]
-        h = dense(head, 2048, name="hidden")(jnp.concatenate(means, -1))
-        if self.pool == "spatial":
-            h = nn.relu(h)
-        else:
-            h = nn.silu(GroupNorm(head, name="norm_hidden")(h))
-        self.sow("intermediates", "features", h)
-        return dense(head, self.num_classes, name="logits")(h)

@@ -57,9 +57,7 @@ def conditions_for(sample_fn: SampleFn, n: int, prompts: Sequence[str] = ()) -> 
         return found[limit]
 
     offer = Offer(list(prompts) or list(config["sample"]["prompts"]), held_out, lambda image: sample_fn.embed(image))
-    return {
-        name: condition.choose(n, offer) for name, condition in sample_fn.arguments.items() if name != "image"
-    }
+    return {name: condition.choose(n, offer) for name, condition in sample_fn.arguments.items() if name != "image"}
 
 
 def captions_of(sample_fn: SampleFn, values: Mapping[str, Any], class_names: Sequence[str]) -> list[str] | None:

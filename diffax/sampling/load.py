@@ -68,7 +68,9 @@ def load_workdir(
     return SampleFn(tuple(system.generators), params, config, steps)
 
 
-def sample_fn_of(config: Mapping[str, Any], params: Mapping[str, Any], steps: Mapping[str, int], where: str) -> SampleFn:
+def sample_fn_of(
+    config: Mapping[str, Any], params: Mapping[str, Any], steps: Mapping[str, int], where: str
+) -> SampleFn:
     """The model of a config and parameters that are at hand."""
     system = System(configs.from_dict(configs.to_dict(config)))
     _need_generators(system, where)

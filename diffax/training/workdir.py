@@ -193,7 +193,9 @@ def read_statistics(folder: pathlib.Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: array for name, array in file.items() if name != "step"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read the statistics of the data ({error}); {path}; restore it or train again") from None
+        raise UserError(
+            f"cannot read the statistics of the data ({error}); {path}; restore it or train again"
+        ) from None
 
 
 def statistics_step(folder: pathlib.Path) -> int | None:

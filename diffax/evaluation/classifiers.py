@@ -1,0 +1,8 @@
+"""stub"""
+
+from diffax.components import component
+
+
+@component("evaluation", "svc")
+def svc():
+    """S."""
