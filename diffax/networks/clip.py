@@ -37,6 +37,7 @@ class Tower(nn.Module):
       width: W of the transformer.
       layers: number of its blocks.
       heads: attention heads of each.
+      head_channels: channels of a head; 0: W / heads.
       hidden: width of a block's hidden layer; 0: 4 W.
       activation: key of `layers.ACTIVATIONS`; 'quick_gelu' in OpenAI's models, 'gelu' in GLIDE's.
       remat: what is computed again for the backward pass, see `layers.rematerialized`.
@@ -47,6 +48,7 @@ class Tower(nn.Module):
     width: int = 512
     layers: int = 12
     heads: int = 8
+    head_channels: int = 0
     hidden: int = 0
     activation: str = "quick_gelu"
     remat: str = "none"
@@ -55,7 +57,8 @@ class Tower(nn.Module):
         """[B, T, W] -> [B, T, W] in the compute dtype."""
         block = rematerialized(TransformerBlock, self.remat)
         for i in range(self.layers):
-            h = block(style, self.heads, self.activation, self.hidden, name=f"block_{i}", **init)(h, mask)
+            options = {"head_channels": self.head_channels, "name": f"block_{i}"} | init
+            h = block(style, self.heads, self.activation, self.hidden, **options)(h, mask)
         return h
 
     def norm_out(self, h: Array) -> Array:
@@ -228,8 +231,9 @@ def build(options: Mapping, shape: tuple[int, int, int]) -> CLIP:
 
     Args:
       options: features, activation, dtype ('float32' or 'bfloat16') and remat, which both encoders share; and
-        mappings `image` (width, layers, heads, hidden, patch, times, mean, std) and `text` (width, layers, heads,
-        hidden, vocab_size, length). What is left out is that of ViT-B/16.
+        mappings `image` (width, layers, heads, head_channels, hidden, patch, times, mean, std) and `text` (width,
+        layers, heads, head_channels, hidden, vocab_size, length), each with an activation of its own if it has
+        another. What is left out is that of ViT-B/16.
       shape: (H, W, C) of the images.
 
     Returns:
@@ -250,11 +254,13 @@ def build(options: Mapping, shape: tuple[int, int, int]) -> CLIP:
     shared["style"] = Style(dtype=shared.pop("dtype"))
     encoders = {}
     for name, (module, given) in towers.items():
-        fields = {*module.__dataclass_fields__} - {"parent", "name", *shared, *given}
+        fields = {*module.__dataclass_fields__} - {"parent", "name", *shared, *given} | {"activation"}
         for key in own[name]:
             choose(dict.fromkeys(sorted(fields)), key, f"net.{name} option")
         values = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in own[name].items()}
-        encoders[name] = module(**values, **shared, **given)
+        if "activation" in values:
+            choose(ACTIVATIONS, values["activation"], f"net.{name}.activation")
+        encoders[name] = module(**shared | values, **given)
     network = CLIP(**encoders)
     _check(network)
     return network
@@ -275,10 +281,12 @@ def _check(network: CLIP) -> None:
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     for name, tower in (("image", image), ("text", text)):
-        if tower.width % tower.heads:
+        if not tower.head_channels and tower.width % tower.heads:
             raise ValueError(
                 f"net.{name}.heads {tower.heads} does not divide net.{name}.width {tower.width}; change one of them"
             )
+        if tower.head_channels < 0:
+            raise ValueError(f"net.{name}.head_channels is {tower.head_channels}; use a number, or 0 for width / heads")
         if tower.hidden < 0:
             raise ValueError(f"net.{name}.hidden is {tower.hidden}; use a width, or 0 for 4 times that of the tokens")
     if image.shape[0] % image.patch or image.shape[1] % image.patch:

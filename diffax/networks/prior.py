@@ -30,6 +30,7 @@ class _Transformer(nn.Module):
       heads: attention heads of each.
       norm_eps, kernel_init, dtype: see `layers.Style`.
       remat: what is computed again for the backward pass, see `layers.rematerialized`.
+      final_norm: whether the tokens are normalised after the last block.
     """
 
     width: int = 2048
@@ -39,6 +40,7 @@ class _Transformer(nn.Module):
     kernel_init: str = "torch"
     dtype: str = "float32"
     remat: str = "none"
+    final_norm: bool = True
 
     @property
     def style(self) -> Style:
@@ -54,6 +56,8 @@ class _Transformer(nn.Module):
         h = h.astype(self.dtype)
         for i in range(self.layers):
             h = block(self.style, self.heads, name=f"block_{i}")(h, mask, sequence, at)
+        if not self.final_norm:
+            return h.astype(jnp.float32)
         return layer_norm(self.style._replace(dtype="float32"), name="norm_out")(h)
 
 
