@@ -1,4 +1,4 @@
-"""CLIP: the published networks' numbers and sizes, laws of both encoders, the loss over devices, guidance, refusals."""
+"""CLIP: the published networks' sizes, laws of both encoders, the loss over devices, guidance, refusals."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ import pytest
 from diffax import weights
 from diffax.diffusion import guidance, losses, process, schedules
 from diffax.models import stages
-from diffax.networks import clip
+from diffax.networks import clip, layers
 from diffax.training import loop, parallel
 from diffax.weights import clip as converter
 
@@ -205,7 +205,7 @@ CONFIG = dict(text_config=dict(hidden_size=512), vision_config=dict(hidden_size=
         (lambda: converter.openai_config({"visual.layer1.0.conv1.weight": 1}), "ResNets are not supported"),
         (lambda: converter.glide_config({"image_size": 64}), "needs n_embd"),
         (lambda: converter.transformers_config(CONFIG | dict(vision_config=dict(layer_norm_eps=1e-6))), "eps=1e-06"),
-        (lambda: converter.transformers_config(CONFIG | dict(vision_config=dict(hidden_act="gelu"))), "both encoders"),
+        (lambda: converter.transformers_config(CONFIG | dict(vision_config=dict(hidden_act="relu"))), "act='relu'"),
         (lambda: converter.transformers_config(CONFIG | dict(vision_config=dict(num_channels=4))), "channels=4"),
     ],
 )
@@ -216,6 +216,36 @@ def test_conversions_that_are_refused(action, match):
 
 
 # ---- laws of the network --------------------------------------------------------------------------------------------
+
+
+def test_each_encoder_has_its_own_activation_mlp_and_heads():
+    text = dict(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, vocab_size=20)
+    image = text | dict(head_dim=6, hidden_act="gelu", intermediate_size=40, image_size=8, patch_size=4)
+    text |= dict(max_position_embeddings=7)
+    config = dict(text_config=text, vision_config=image, projection_dim=6)
+    network = from_architecture(converter.transformers_config(config))
+    assert (network.image.activation, network.text.activation) == ("gelu", "quick_gelu")
+    shapes = torch_shapes(converter.table(network, "transformers"))
+    block = "vision_model.encoder.layers.0."
+    assert shapes[block + "self_attn.q_proj.weight"] == [12, 16]
+    assert shapes[block + "self_attn.out_proj.weight"] == [16, 12]
+    assert shapes[block + "mlp.fc1.weight"] == [40, 16]
+    assert shapes["text_model.encoder.layers.0.mlp.fc1.weight"] == [24, 16]
+    assert shapes["text_model.encoder.layers.0.self_attn.q_proj.weight"] == [16, 16]
+    # attention of one layer by hand, with heads of six channels
+    state = random_state_dict(converter.table(network, "transformers"))
+    params = weights.to_flax(state, converter.table(network, "transformers"))
+    x = np.random.default_rng(1).standard_normal((1, 5, 16)).astype(np.float32)
+    attention = layers.SelfAttention(network.image.style, 2, 16, head_channels=6)
+    got = attention.apply({"params": params["image"]["block_0"]["attention"]}, x)
+    q, k, v = (
+        (x @ state[f"{block}self_attn.{p}_proj.weight"].T + state[f"{block}self_attn.{p}_proj.bias"])
+        .reshape(1, 5, 2, 6).transpose(0, 2, 1, 3)
+        for p in "qkv"
+    )  # fmt: skip
+    mixed = jax.nn.softmax(q @ k.transpose(0, 1, 3, 2) / np.sqrt(6), -1) @ v
+    out = mixed.transpose(0, 2, 1, 3).reshape(1, 5, 12) @ state[f"{block}self_attn.out_proj.weight"].T
+    np.testing.assert_allclose(got, out + state[f"{block}self_attn.out_proj.bias"], rtol=1e-4, atol=1e-4)
 
 
 @functools.cache

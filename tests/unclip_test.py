@@ -1,4 +1,4 @@
-"""unCLIP's networks (DALL-E 2, karlo): golden parity, the published weights' names, and laws of priors and decoders."""
+"""unCLIP's networks (DALL-E 2, karlo): the published weights' names, and laws of priors and decoders."""
 
 import functools
 import json
@@ -16,6 +16,7 @@ from diffax.models import codes
 from diffax.weights import karlo
 from tests.models_test import drawn
 from tests.parity.diffusion import Chain
+from tests.parity.unclip import denoiser
 
 # ---- published models -----------------------------------------------------------------------------------------------
 
@@ -101,6 +102,26 @@ def test_round_trip_is_exact(kind):
     )
 
 
+def test_a_prior_without_a_last_norm():
+    """It has the other's arrays but for the norm, and gives the same where the norm's work is done by hand."""
+    shapes, outputs = [], []
+    for final_norm in (True, False):
+        architecture = karlo.net_config(PRIOR | dict(xf_final_ln=final_norm), model="PriorTransformer")
+        network = architecture.build()
+        table = karlo.table(network, architecture.shape)
+        shapes.append(torch_shapes(table))
+        rng = np.random.default_rng(0)
+        state = {key: rng.standard_normal(shapes[0][key], np.float32) for key in shapes[0]}
+        params = weights.to_flax({key: state[key] for key in shapes[-1]}, table)
+        z, time, cond = networks.example_inputs(network, architecture.shape, 2)
+        y, inside = network.apply({"params": params}, z + 1, time, cond, capture_intermediates=True)
+        outputs.append((y, inside["intermediates"]["prior"]["block_1"]["__call__"][0][:, -1], state))
+    assert {*shapes[0]} - {*shapes[1]} == {"final_ln.weight", "final_ln.bias"} and {*shapes[1]} < {*shapes[0]}
+    y, h, state = outputs[1]
+    np.testing.assert_allclose(h, outputs[0][1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, h @ state["out_proj.weight"].T + state["out_proj.bias"], rtol=1e-4, atol=1e-4)
+
+
 def test_the_tokens_of_an_image_embedding_by_hand():
     """Output c * 4 + k of karlo's layer is channel c of token k."""
     table = small_table("decoder")
@@ -119,7 +140,6 @@ def test_the_tokens_of_an_image_embedding_by_hand():
     [
         (PRIOR, "UNetModel", "model 'UNetModel' is unknown; use one of .'PriorTransformer'"),
         ({}, "PriorTransformer", "PriorTransformer needs text_ctx"),
-        (PRIOR | dict(xf_final_ln=False), "PriorTransformer", "xf_final_ln=False cannot be converted"),
         (PRIOR | dict(spam=1), "PriorTransformer", "spam=1 cannot be converted; this option is unknown"),
         (PRIOR | dict(xf_heads=3), "PriorTransformer", "net.heads 3 does not divide net.width 16"),
         (DECODER | dict(clip_emb_type="text"), "PLMImUNet", "clip_emb_type='text'"),
