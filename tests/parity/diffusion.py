@@ -495,7 +495,7 @@ def solver_loop(meta, inputs):
         else:
             got |= {f"{count}.timesteps": t, f"{count}.sigmas": sigmas}
             one = jax.tree.map(lambda a: jnp.asarray(a[:1]), table)
-            got[f"{count}.x_first"] = nchw(sampler.step(denoise, x, one, None, sampler.init(x, count))[0])
+            got[f"{count}.x_first"] = nchw(sampler.step(denoise, x, one, None, sampler.init(x, len(t)))[0])
         walk = jax.jit(lambda x, table=table: samplers.sample(denoise, x, lambda i: jnp.zeros(()), table, sampler))
         got[f"{count}.x_final"] = nchw(walk(x))
     return got
