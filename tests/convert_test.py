@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 
 import jax
@@ -14,7 +13,7 @@ from diffax.networks import build
 from diffax.weights import diffusers, glide, openai
 from diffax.weights import table as tables
 
-FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
+FOLDER = pathlib.Path(__file__).parent / "golden"
 MANIFEST = FOLDER / "manifest_full_size.json"
 CLASSES = ("UNetModel", "SuperResModel", "EncoderUNetModel", "UNet2DModel", *glide.MODELS)
 PUBLISHED = {

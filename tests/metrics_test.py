@@ -6,10 +6,6 @@ import numpy as np
 import pytest
 
 from diffax.evaluation import metrics
-from tests.parity import golden
-
-GOLDEN = {"g_fid", "g_inception_score", "g_precision_recall", "g_kid"} <= {*golden.case_names()}
-needs_golden = pytest.mark.skipif(not GOLDEN, reason="no cases of metrics in the golden folder")
 
 
 def test_spread_is_the_rms_distance_of_two_pictures_of_a_class():
@@ -87,53 +83,16 @@ def test_patches_tell_blurred_pictures_from_sharp_ones():
     assert distances[0] < distances[1] / 3, distances
 
 
-# ---- published metrics ----------------------------------------------------------------------------------------------
+# ---- metrics of features ---------------------------------------------------------------------------------------------
 
 
-@needs_golden
-def test_fid_and_sfid_are_those_of_adm():
-    _, inputs, want = golden.load_case("g_fid")
-    for pair in ("pool", "spatial"):
-        first, second = (inputs[f"{pair}_{i}"].reshape(len(inputs[f"{pair}_{i}"]), -1) for i in (1, 2))
-        np.testing.assert_allclose(metrics.frechet_distance(first, second), want[f"distance.{pair}"], rtol=1e-9)
-    for i in (1, 2):
-        got = metrics.moments(inputs[f"pool_{i}"])
-        np.testing.assert_allclose(got.mean, want[f"mu_{i}"], rtol=1e-6)  # ADM takes this mean in float32
-        np.testing.assert_allclose(got.covariance, want[f"sigma_{i}"], rtol=1e-9, atol=1e-12)
-
-
-@needs_golden
-def test_inception_score_is_that_of_adm_and_of_torch_fidelity():
-    meta, inputs, want = golden.load_case("g_inception_score")
-    for size in meta["config"]["split_sizes"]:
-        got, _ = metrics.inception_score(inputs["logits"], split_size=size)
-        np.testing.assert_allclose(got, want[f"split_size.{size}"], rtol=1e-7)
-    for splits in meta["config"]["splits"]:
-        got = metrics.inception_score(inputs["logits"], splits=splits)
-        np.testing.assert_allclose(got, (want[f"splits.{splits}.mean"], want[f"splits.{splits}.std"]), rtol=1e-9)
-
-
-@needs_golden
-@pytest.mark.parametrize("block", [2**24, 1000, 1])
-def test_precision_and_recall_are_those_of_adm(block, monkeypatch):
+@pytest.mark.parametrize("block", [1000, 1])
+def test_precision_and_recall_do_not_depend_on_the_blocks_they_are_computed_in(block, monkeypatch):
+    real, made = features(70, 4, seed=0), features(50, 4, seed=1)
+    whole = metrics.neighbour_radii(real, 3), metrics.precision_recall(real, made, k=3)
     monkeypatch.setattr(metrics, "_BLOCK", block)
-    meta, inputs, want = golden.load_case("g_precision_recall")
-    k, real, made = meta["config"]["k"], inputs["ref"], inputs["sample"]
-    for name, points, centres in (("sample_in_ref", made, real), ("ref_in_sample", real, made)):
-        radii = metrics.neighbour_radii(centres, k)
-        np.testing.assert_allclose(radii, want["radii_sq_ref" if centres is real else "radii_sq_sample"], rtol=1e-9)
-        np.testing.assert_array_equal(metrics.within(points, centres, radii), want[f"{name}_manifold"])
-    got = metrics.precision_recall(real, made, k=k)
-    assert got == (want["precision"], want["recall"])
-
-
-@needs_golden
-def test_kid_is_that_of_torch_fidelity():
-    meta, inputs, want = golden.load_case("g_kid")
-    first, second, c = inputs["act_1"], inputs["act_2"], meta["config"]
-    np.testing.assert_allclose(metrics.squared_mmd(first, second), want["mmd2_all"], rtol=1e-9)
-    got = metrics.kid(first, second, subsets=c["kid_subsets"], subset_size=c["kid_subset_size"], seed=c["rng_seed"])
-    np.testing.assert_allclose(got, (want["kid_mean"], want["kid_std"]), rtol=1e-9)
+    np.testing.assert_allclose(metrics.neighbour_radii(real, 3), whole[0], rtol=1e-9)
+    assert metrics.precision_recall(real, made, k=3) == whole[1]
 
 
 @pytest.mark.parametrize("block", [2**24, 7])

@@ -1,8 +1,7 @@
-"""Published files: recognised, read to the golden outputs, converted to a workdir, and written back."""
+"""Published files: recognised, converted to a workdir, and written back."""
 
 import functools
 import json
-import os
 import pathlib
 import textwrap
 
@@ -21,10 +20,9 @@ from diffax.weights import __main__ as command
 from diffax.weights import diffusers, files, glide, openai, published
 from diffax.weights.table import torch_shapes
 from tests.parity import golden
-from tests.parity.models import RUNNERS
 from tests.torch_files import state_dict
 
-FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
+FOLDER = pathlib.Path(__file__).parent / "golden"
 MANIFEST = FOLDER / "manifest_full_size.json"
 CLASSES = ("UNetModel", "SuperResModel", "EncoderUNetModel", "UNet2DModel", *glide.MODELS)
 MODELS = {
@@ -237,48 +235,6 @@ def test_published_files_are_told_by_their_names():
             config = configs.load(row.config)
             assert row.section in configs.trained_sections(config)
             assert config.name.startswith(row.config.replace(":", "_"))
-
-
-# ---- golden models ---------------------------------------------------------------------------------------------------
-
-CASES = [n for n in golden.case_names() if golden.load_case(n)[0]["kind"] in RUNNERS and n.startswith(tuple("bcdf"))]
-CASES = [n for n in CASES if golden.load_case(n)[0].get("state_dict") and n != "d_cfg"]
-
-
-def in_file(path, arrays):
-    """Arrays as they come out of a file of them."""
-    if path.suffix == ".pt":
-        path.write_bytes(state_dict(arrays))
-    else:
-        files.write(path, arrays, {})
-    return files.read(path)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("case", CASES)
-def test_golden_weights_in_a_file(case, suffix, tmp_path):
-    """Every number comes out as it went in, so the outputs are those of `tests/parity`."""
-    want = golden.parameters(golden.load_case(case)[0])
-    found = in_file(tmp_path / f"model{suffix}", want)
-    assert set(found) == set(want)
-    for key, array in want.items():
-        np.testing.assert_array_equal(np.asarray(found[key]), array, err_msg=key, strict=True)
-
-
-@pytest.mark.parametrize(
-    "case, suffix",
-    [
-        ("b_unet_ii_conv_resample", ".pt"),
-        ("b_encoder_attention", ".safetensors"),
-        ("d_text2im", ".pt"),
-    ],
-)
-def test_golden_outputs_from_a_file(case, suffix, tmp_path):
-    meta, inputs, outputs = golden.load_case(case)
-    found = in_file(tmp_path / f"model{suffix}", golden.parameters(meta))
-    got = RUNNERS[meta["kind"]](meta, inputs, found)
-    for key, want in outputs.items():
-        assert golden.deviation(got[key], want) <= golden.tolerance(meta, key), key
 
 
 # ---- to a workdir ----------------------------------------------------------------------------------------------------
@@ -891,13 +847,29 @@ SCHEDULER = dict(
 )
 
 
+UNET_2D = dict(
+    sample_size=16, in_channels=3, out_channels=3, center_input_sample=False, time_embedding_type="positional",
+    freq_shift=1, flip_sin_to_cos=False, down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "UpBlock2D"], block_out_channels=[32, 64], layers_per_block=1,
+    mid_block_scale_factor=1, downsample_padding=0, act_fn="silu", attention_head_dim=None, norm_num_groups=32,
+    norm_eps=1e-6, resnet_time_scale_shift="default", add_attention=True,
+)  # fmt: skip
+
+
+def unet_2d():
+    """(network, its table, arrays under diffusers' names) of a small `UNet2DModel`."""
+    architecture = diffusers.net_config(UNET_2D)
+    network = architecture.build()
+    table = diffusers.table(network, architecture.shape, flip_sin_to_cos=False)
+    return network, table, {key: golden.weight(key, shape) for key, shape in torch_shapes(table).items()}
+
+
 def diffusers_folder(folder, *, scheduler=SCHEDULER, arrays=None, suffix=".safetensors", **changes):
-    meta = golden.load_case("f_unet2d")[0]
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **meta["config"], **changes}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **UNET_2D, **changes}))
     if scheduler:
         (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
-    arrays = golden.parameters(meta) if arrays is None else arrays
+    arrays = unet_2d()[2] if arrays is None else arrays
     path = folder / f"diffusion_pytorch_model{suffix}"
     path.write_bytes(state_dict(arrays)) if suffix == ".bin" else files.write(path, arrays, {})
     return folder
@@ -910,18 +882,19 @@ def test_a_folder_of_diffusers(tmp_path, suffix):
     base = config["base"]
     assert (config["name"], base["shape"], base["variance"]) == ("ddpm-small", [16, 16, 3], "fixed_large")
     assert (base["schedule"]["steps"], base["schedule"]["name"]) == (500, "linear")
-    meta, inputs, outputs = golden.load_case("f_unet2d")
+    network, table, arrays = unet_2d()
     stage = stages.build_stage(config, "base")
     if suffix == ".bin":
         return
-    x, time = np.moveaxis(inputs["x"], 1, -1), np.asarray(inputs["timesteps"], np.float32)
+    x, time = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32), np.array([3.0, 400.0], np.float32)
     y = jax.jit(stage.net.apply)({"params": params["base"]}, x, time, {})
-    assert golden.deviation(np.moveaxis(y, -1, 1), outputs["y"]) <= golden.tolerance(meta, "y")
+    want = jax.jit(network.apply)({"params": weights.to_flax(arrays, table)}, x, time, {})
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_folder_becomes_a_workdir(tmp_path):
     """Old names of its arrays are known, and a scheduler of no file is the default one."""
-    arrays = golden.parameters(golden.load_case("f_unet2d")[0])
+    arrays = unet_2d()[2]
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {functools.reduce(lambda k, new: k.replace(new, old[new]), old, key): a for key, a in arrays.items()}
     assert set(renamed) != set(arrays)

@@ -9,9 +9,7 @@ import os
 import pathlib
 import random
 import socketserver
-import sys
 import threading
-import types
 import unicodedata
 from http.server import BaseHTTPRequestHandler
 
@@ -21,7 +19,6 @@ import pytest
 from diffax.conditions import tokenizer
 from diffax.data import archives, shapes
 from diffax.errors import UserError
-from tests.parity import golden
 
 HEADER = "#version: 0.2\n"
 # Of a tiny CLIP, with 'cat', 'cats' and 'it' whole.
@@ -31,11 +28,8 @@ MERGES = ["c a", "ca t</w>", "ca t", "cat s</w>", "i t</w>"]
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """Every test warns anew, and finds no vocabulary but its own."""
-    monkeypatch.setattr(tokenizer, "_told", set())
+    monkeypatch.setattr(tokenizer, "_warned", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tokenizer._repair.cache_clear()
-    yield
-    tokenizer._repair.cache_clear()
 
 
 def merges_file(merges) -> bytes:
@@ -58,31 +52,6 @@ def vocab(monkeypatch, tmp_path):
         publish(monkeypatch, name, content, url=f"http://127.0.0.1:1/{name}.txt")
         (tmp_path / f"{name}.txt").write_bytes(content)
     return str(tmp_path)
-
-
-# ---- golden ----
-
-CASES = {"d_tokenizer_bpe": "glide", "d_tokenizer_clip": "clip", "e_karlo_tokenizer": "clip"}
-
-
-@pytest.mark.skipif(not os.environ.get("DIFFAX_VOCAB"), reason="not run: DIFFAX_VOCAB names no published vocabularies")
-@pytest.mark.parametrize("case", CASES)
-def test_published_ids(case):
-    meta, _, want = golden.load_case(case)
-    captions, length = meta["config"]["captions"], meta["config"]["text_ctx"]
-    tokenize = tokenizer.build(CASES[case], length=length)
-    mask = want["mask"] if "mask" in want else np.arange(length) < want["lens"][:, None]
-    np.testing.assert_array_equal(tokenize(captions), np.where(mask, want["tokens"], -1))
-    if case != "e_karlo_tokenizer":
-        assert tokenize.vocab_size == meta["n_vocab"]
-        assert [len(list(tokenize.encode(caption))) for caption in captions] == want["num_ids"].tolist()
-    if case == "d_tokenizer_bpe":
-        assert [tokenize.decode(tokenize.encode(caption)) for caption in captions] == meta["decoded"]
-    if case == "d_tokenizer_clip":
-        assert tokenize.marks == (meta["start_token"], meta["end_token"])
-        # those that a caption spells out are not shown either
-        shown = [text.replace("<|endoftext|><|startoftext|>", "").strip() for text in meta["decoded"]]
-        assert [tokenize.decode(tokenize.encode(caption)) for caption in captions] == shown
 
 
 # ---- byte pair encoding ----
@@ -210,24 +179,10 @@ def test_clip_by_hand(vocab):
     assert clip.decode(clip(["cat CATS"])[0]) == "cat cats"
 
 
-@pytest.mark.parametrize("ftfy", [True, False])
-def test_unicode_is_repaired_by_ftfy_where_it_is(vocab, monkeypatch, caplog, ftfy):
-    broken = "caf\u00c3\u00a9"
-    fake = types.SimpleNamespace(fix_text=lambda text: text.replace("Ã©", "é"))
-    monkeypatch.setitem(sys.modules, "ftfy", fake if ftfy else None)
+def test_unicode_is_repaired(vocab, caplog):
     clip = tokenizer.build("clip", vocab=vocab, length=77)
-    same = (clip([broken]) == clip(["café"])).all()
-    assert same == ftfy
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == (not ftfy) and all("pip install diffax[text]): 'cafÃ©'" in line for line in lines)
-    if not ftfy:
-        np.testing.assert_array_equal(clip(["cafe\u0301", "it’s “it”"]), clip(["café", 'it\'s "it"']))
-        assert len(caplog.records) == 1
-
-
-def test_ascii_needs_no_ftfy(vocab, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "ftfy", None)
-    tokenizer.build("clip", vocab=vocab, length=77)(["a cat & a dog", ""])
+    same = ["caf\u00c3\u00a9", "cafe\u0301", "it\u2019s \u201cit\u201d"]
+    np.testing.assert_array_equal(clip(same), clip(["caf\u00e9", "caf\u00e9", 'it\'s "it"']))
     assert not caplog.records
 
 

@@ -23,6 +23,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import ftfy
 import numpy as np
 
 from diffax.errors import UserError
@@ -83,7 +84,7 @@ class Tokenizer:
                 )
             ids = list(itertools.islice(self.encode(caption[: CHARACTERS * self.length]), room + 1))
             if len(ids) > room or len(caption) > CHARACTERS * self.length:
-                _tell_once(
+                _warn_once(
                     "cut", f"a caption of more than {room} tokens was cut, as later ones will be: {caption[:40]!r}"
                 )
             ids = [*start, *ids[:room], *end]
@@ -100,10 +101,8 @@ def build(name: str, *, vocab: str = "", length: int) -> Tokenizer:
     """A tokenizer by name.
 
     'glide': GPT-2's, on lower-cased text; no id marks start or end, so '' has no ids.
-    'clip': CLIP's: Unicode repaired, HTML unescaped twice, blanks collapsed, lower-cased; start id 49406, end id 49407.
-      Unicode is repaired by ftfy where that is installed (`pip install diffax[text]`), as CLIP does; otherwise only put
-      in NFC, with straight quotes, so that ids differ on broken or unusual characters; the first caption at risk is
-      told of.
+    'clip': CLIP's: Unicode repaired by ftfy, HTML unescaped twice, blanks collapsed, lower-cased; start id 49406, end
+      id 49407.
       As in CLIP's code '<|endoftext|>' written in a caption is the end id.
     'demo': the words of the embedded data and single bytes; blanks collapsed, lower-cased; needs no file.
 
@@ -291,39 +290,18 @@ def _spaced(text: str) -> str:
 
 
 def _clip_clean(text: str) -> str:
-    text = html.unescape(html.unescape(_repair()(text)))
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
     _, _, space, _ = _classes()
     return re.sub(f"{space}+", " ", text).strip().lower()
 
 
-@functools.cache
-def _repair() -> Callable[[str], str]:
-    """ftfy's repair of Unicode, or the little of it that the standard library can do."""
-    try:
-        import ftfy
-    except ImportError:
-        return _repair_a_little
-    return ftfy.fix_text
+_warned: set[str] = set()
 
 
-def _repair_a_little(text: str) -> str:
-    if not text.isascii():
-        _tell_once(
-            "ftfy",
-            f"ftfy is not installed, so ids of a caption can differ from CLIP's where its Unicode is broken or unusual "
-            f"(pip install diffax[text]): {text[:40]!r}",
-        )
-    straight = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))
-    return unicodedata.normalize("NFC", text).translate(straight)
-
-
-_told: set[str] = set()
-
-
-def _tell_once(kind: str, line: str):
+def _warn_once(kind: str, line: str):
     """Warns, but once in a process of each kind."""
-    if kind not in _told:
-        _told.add(kind)
+    if kind not in _warned:
+        _warned.add(kind)
         log.warning("%s", line)
 
 

@@ -4,8 +4,9 @@ Each is a component of kind 'sampler'.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +95,11 @@ def half_logsnr(logsnr: Array) -> Array:
 
 @component("sampler", "heun")
 def heun() -> Sampler:
-    """Heun's method of second order on dz'/dsigma' = eps, with z' = z / alpha, sigma' = sigma / alpha (Karras et al.
-    2022, algorithm 1 without churn). Two evaluations a step, of which the last step, to clean data, uses one.
+    """Heun's method of second order (Karras et al. 2022, algorithm 1 without churn).
 
-    It needs steps of like length in log-SNR ('logsnrN'): sigma' falls from 22,000 if a schedule starts at log-SNR -20.
+    It solves dz'/dsigma' = eps, with z' = z / alpha, sigma' = sigma / alpha, by two evaluations a step, of which the
+    last step, to clean data, uses one. It needs steps of like length in log-SNR ('logsnrN'): sigma' falls from 22,000
+    if a schedule starts at log-SNR -20.
     """
 
     def step(denoise: Denoiser, z, step: Transition, noise, memory, **cond):
@@ -152,19 +154,26 @@ def _push(memory: History, value: Array, at: Array, z: Array) -> History:
     return dataclasses.replace(memory, i=memory.i + 1, seen=seen, at=at, before=z)
 
 
-def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
+SolverType = Literal["midpoint", "heun"]
+
+
+def dpm_solver(order: int = 2, *, predicts: str = "x", solver_type: SolverType = "midpoint") -> Sampler:
     """DPM-Solver++ (predicts 'x'; Lu et al. 2022b, algorithm 2) and DPM-Solver (predicts 'eps'; 2022a), multistep.
 
     Args:
       order: 1 (which is DDIM), 2 ("2M") or 3 ("3M", for x alone).
       predicts: which prediction is extrapolated.
+      solver_type: how a step of second order integrates the slope of the prediction: 'midpoint' (the papers'
+        algorithms) or 'heun' (the other choice in their code), the exact integral of a straight line.
 
     Returns:
       The sampler; a step that ends clean, or nearly so, is of order 1.
 
     Raises:
-      ValueError: unknown order or prediction.
+      ValueError: unknown order, prediction or solver type.
     """
+    if solver_type not in typing.get_args(SolverType):
+        raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
     if (order, predicts) not in [(1, "x"), (2, "x"), (3, "x"), (1, "eps"), (2, "eps")]:
         raise ValueError(f"DPM-Solver has orders 1 to 3 for x and 1 to 2 for eps; got {order} for {predicts!r}")
 
@@ -191,7 +200,11 @@ def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
         else:
             keep, scale, a = step.s.alpha / step.t.alpha, expand(step.s.sigma, z), jnp.expm1(h)
             of_3 = jnp.zeros_like(z)
-        slope = jnp.where(level >= 3, of_3, -0.5 * a * first)
+        if solver_type == "midpoint":
+            of_2 = -0.5 * a * first
+        else:
+            of_2 = (1 + a / h if predicts == "x" else 1 - a / h) * first
+        slope = jnp.where(level >= 3, of_3, of_2)
         out = expand(keep, z) * z - scale * a * m0 + jnp.where(level >= 2, scale * slope, 0.0)
         return out, p, _push(memory, m0, lam_t, z)
 
@@ -199,15 +212,23 @@ def dpm_solver(order: int = 2, *, predicts: str = "x") -> Sampler:
 
 
 @component("sampler", "dpm_solver_2m")
-def dpm_solver_2m() -> Sampler:
-    """DPM-Solver of second order on eps, multistep (Lu et al. 2022a)."""
-    return dpm_solver(2, predicts="eps")
+def dpm_solver_2m(solver_type: SolverType = "midpoint") -> Sampler:
+    """DPM-Solver of second order on eps, multistep (Lu et al. 2022a).
+
+    Args:
+      solver_type: how a step integrates the slope of the prediction, see `dpm_solver`.
+    """
+    return dpm_solver(2, predicts="eps", solver_type=solver_type)
 
 
 @component("sampler", "dpm_solver_pp_2m")
-def dpm_solver_pp_2m() -> Sampler:
-    """DPM-Solver++ of second order on x, multistep ("2M"; Lu et al. 2022b, algorithm 2)."""
-    return dpm_solver(2)
+def dpm_solver_pp_2m(solver_type: SolverType = "midpoint") -> Sampler:
+    """DPM-Solver++ of second order on x, multistep ("2M"; Lu et al. 2022b, algorithm 2).
+
+    Args:
+      solver_type: how a step integrates the slope of the prediction, see `dpm_solver`.
+    """
+    return dpm_solver(2, solver_type=solver_type)
 
 
 @component("sampler", "dpm_solver_pp_3m")

@@ -39,6 +39,7 @@ class Tower(nn.Module):
       width: W of the transformer.
       layers: number of its blocks.
       heads: attention heads of each.
+      head_channels: channels of a head; 0: W / heads.
       hidden: width of a block's hidden layer; 0: 4 W.
       activation: key of `layers.ACTIVATIONS`; 'quick_gelu' in OpenAI's models, 'gelu' in GLIDE's.
       remat: what is computed again for the backward pass, see `layers.rematerialized`.
@@ -49,6 +50,7 @@ class Tower(nn.Module):
     width: int = 512
     layers: int = 12
     heads: int = 8
+    head_channels: int = 0
     hidden: int = 0
     activation: str = "quick_gelu"
     remat: str = "none"
@@ -57,7 +59,8 @@ class Tower(nn.Module):
         """[B, T, W] -> [B, T, W] in the compute dtype."""
         block = rematerialized(TransformerBlock, self.remat)
         for i in range(self.layers):
-            h = block(style, self.heads, self.activation, self.hidden, name=f"block_{i}", **init)(h, mask)
+            options = {"head_channels": self.head_channels, "name": f"block_{i}"} | init
+            h = block(style, self.heads, self.activation, self.hidden, **options)(h, mask)
         return h
 
     def norm_out(self, h: Array) -> Array:
@@ -230,8 +233,9 @@ def build(options: Mapping, shape: tuple[int, int, int]) -> CLIP:
 
     Args:
       options: features, activation, dtype ('float32' or 'bfloat16') and remat, which both encoders share; and
-        mappings `image` (width, layers, heads, hidden, patch, times, mean, std) and `text` (width, layers, heads,
-        hidden, vocab_size, length). What is left out is that of ViT-B/16.
+        mappings `image` (width, layers, heads, head_channels, hidden, patch, times, mean, std) and `text` (width,
+        layers, heads, head_channels, hidden, vocab_size, length), each with an activation of its own if it has
+        another. What is left out is that of ViT-B/16.
       shape: (H, W, C) of the images.
 
     Returns:
@@ -252,11 +256,13 @@ def build(options: Mapping, shape: tuple[int, int, int]) -> CLIP:
     shared["style"] = Style(dtype=shared.pop("dtype"))
     encoders = {}
     for name, (module, given) in towers.items():
-        fields = {*module.__dataclass_fields__} - {"parent", "name", *shared, *given}
+        fields = {*module.__dataclass_fields__} - {"parent", "name", *shared, *given} | {"activation"}
         for key in own[name]:
             choose(dict.fromkeys(sorted(fields)), key, f"{name} option")
         values = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in own[name].items()}
-        encoders[name] = module(**values, **shared, **given)
+        if "activation" in values:
+            choose(ACTIVATIONS, values["activation"], f"net.{name}.activation")
+        encoders[name] = module(**shared | values, **given)
     network = CLIP(**encoders)
     _check(network)
     return network
@@ -277,10 +283,12 @@ def _check(network: CLIP) -> None:
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     for name, tower in (("image", image), ("text", text)):
-        if tower.width % tower.heads:
+        if not tower.head_channels and tower.width % tower.heads:
             raise ValueError(
                 f"{name}.heads {tower.heads} does not divide {name}.width {tower.width}; change one of them"
             )
+        if tower.head_channels < 0:
+            raise ValueError(f"net.{name}.head_channels is {tower.head_channels}; use a number, or 0 for width / heads")
         if tower.hidden < 0:
             raise ValueError(f"{name}.hidden is {tower.hidden}; use a width, or 0 for 4 times that of the tokens")
     if image.shape[0] % image.patch or image.shape[1] % image.patch:
@@ -302,7 +310,9 @@ def image_tower(
     width: Annotated[int, In(1, 2**16)] = 768,
     layers: Annotated[int, In(1, 256)] = 12,
     heads: Annotated[int, In(1, 1024)] = 12,
+    head_channels: Annotated[int, In(0, 2**16)] = 0,
     hidden: Annotated[int, In(0, 2**18)] = 0,
+    activation: Literal["", "gelu", "quick_gelu"] = "",
     patch: Annotated[int, In(1, 1024)] = 4,
     mean: Annotated[tuple[float, ...], Length(1, 64)] = MEAN,
     std: Annotated[tuple[float, ...], In(0, above=True), Length(1, 64)] = STD,
@@ -313,12 +323,14 @@ def image_tower(
       width: of its tokens.
       layers: number of blocks.
       heads: attention heads of each.
+      head_channels: width of a head; 0: that of the tokens, divided by heads.
       hidden: width of a block's hidden layer; 0: 4 times that of the tokens.
+      activation: of the hidden layers; '': that of the network.
       patch: side of the patches that become tokens.
       mean: of the channels, in [0, 1], which is subtracted.
       std: of the channels, by which they are divided.
     """
-    del width, layers, heads, hidden, patch, mean, std
+    del width, layers, heads, head_channels, hidden, activation, patch, mean, std
 
 
 def text_tower(
@@ -326,7 +338,9 @@ def text_tower(
     width: Annotated[int, In(1, 2**16)] = 512,
     layers: Annotated[int, In(1, 256)] = 12,
     heads: Annotated[int, In(1, 1024)] = 8,
+    head_channels: Annotated[int, In(0, 2**16)] = 0,
     hidden: Annotated[int, In(0, 2**18)] = 0,
+    activation: Literal["", "gelu", "quick_gelu"] = "",
     vocab_size: Annotated[int, In(0, 10**7)] = 0,
 ) -> None:
     """The text encoder.
@@ -335,10 +349,12 @@ def text_tower(
       width: of its tokens.
       layers: number of blocks.
       heads: attention heads of each.
+      head_channels: width of a head; 0: that of the tokens, divided by heads.
       hidden: width of a block's hidden layer; 0: 4 times that of the tokens.
+      activation: of the hidden layers; '': that of the network.
       vocab_size: rows of the token table; 0: as many as the tokenizer has ids.
     """
-    del width, layers, heads, hidden, vocab_size
+    del width, layers, heads, head_channels, hidden, activation, vocab_size
 
 
 @component("network", "clip")
@@ -366,14 +382,15 @@ def clip(
       remat: 'blocks' computes blocks again in the backward pass.
     """
     ids = {"vocab_size": text.vocab_size or vocab_size, "length": length}
+    image, text = ({k: v for k, v in vars(tower).items() if v != ""} for tower in (image, text))
     return build(
         {
             "features": features,
             "activation": activation,
             "dtype": dtype,
             "remat": remat,
-            "image": {**vars(image), "times": num_timesteps},
-            "text": {**vars(text), **ids},
+            "image": {**image, "times": num_timesteps},
+            "text": {**text, **ids},
         },
         shape,
     )

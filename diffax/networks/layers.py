@@ -387,6 +387,7 @@ class SelfAttention(nn.Module):
     features: int
     zero: bool = False
     gain: float = 1.0  # of the variance of the last layer's kernel
+    head_channels: int = 0  # of each head; 0: C / heads
 
     @nn.compact
     def __call__(
@@ -407,13 +408,13 @@ class SelfAttention(nn.Module):
           ValueError: the heads do not divide C.
         """
         batch, tokens, channels = x.shape
-        if channels % self.heads:
+        if not self.head_channels and channels % self.heads:
             raise ValueError(
                 f"{channels} channels cannot be split into {self.heads} heads; change heads, heads_up or head_channels"
             )
 
         def project(x: Array, parts: int, name: str) -> Array:
-            shape = (parts, self.heads, channels // self.heads)
+            shape = (parts, self.heads, self.head_channels or channels // self.heads)
             init = kernel_init(self.style, in_axis=0, out_axis=(2, 3), batch_axis=1)
             kernel = self.param(f"{name}_kernel", init, (x.shape[-1], *shape)).astype(self.style.dtype)
             bias = self.param(f"{name}_bias", nn.initializers.zeros, shape).astype(self.style.dtype)
@@ -426,7 +427,7 @@ class SelfAttention(nn.Module):
         if self.is_mutable_collection("cache") and not self.is_initializing():
             k, v = self._remember("k", k, at), self._remember("v", v, at)
         mix = flash_attend if self.style.flash else attend
-        mixed = mix(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
+        mixed = mix(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
         return dense(self.style, self.features, zero=self.zero, gain=self.gain, name="proj")(mixed)
 
     def _remember(self, name: str, value: Array, at: Array | None) -> Array:
@@ -483,6 +484,7 @@ class TransformerBlock(nn.Module):
       activation: key of `ACTIVATIONS`.
       hidden: width of the MLP's hidden layer; 0: four times that of the tokens.
       gains: factors of the kernels' first variance: attention's last layer, and the MLP's two.
+      head_channels: channels of each head; 0: those of the tokens over the heads.
     """
 
     style: Style
@@ -490,6 +492,7 @@ class TransformerBlock(nn.Module):
     activation: str = "gelu"
     hidden: int = 0
     gains: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    head_channels: int = 0
 
     @nn.compact
     def __call__(
@@ -498,7 +501,9 @@ class TransformerBlock(nn.Module):
         """x: [B, T, C], the rest as in `SelfAttention`. Returns [B, T, C]."""
         channels, (mixing, hidden, out) = x.shape[-1], self.gains
         h = layer_norm(self.style, name="norm1")(x)
-        attention = SelfAttention(self.style, self.heads, channels, gain=mixing, name="attention")
+        attention = SelfAttention(
+            self.style, self.heads, channels, gain=mixing, head_channels=self.head_channels, name="attention"
+        )
         x = x + attention(h, sequence, mask, at)
         h = layer_norm(self.style, name="norm2")(x)
         h = dense(self.style, self.hidden or 4 * channels, gain=hidden, name="mlp_0")(h)

@@ -32,6 +32,7 @@ class _Transformer(nn.Module):
       heads: attention heads of each.
       norm_eps, kernel_init, dtype: see `layers.Style`.
       remat: what is computed again for the backward pass, see `layers.rematerialized`.
+      final_norm: whether the tokens are normalised after the last block.
     """
 
     width: Annotated[int, In(1, 2**16)] = 2048
@@ -41,6 +42,7 @@ class _Transformer(nn.Module):
     kernel_init: Literal["torch", "ho"] = "torch"
     dtype: Annotated[Literal["float32", "bfloat16"], RUNTIME] = "float32"
     remat: Annotated[Literal["none", "blocks"], RUNTIME] = "none"
+    final_norm: bool = True
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if it cannot make what has this shape."""
@@ -68,6 +70,8 @@ class _Transformer(nn.Module):
         h = h.astype(self.dtype)
         for i in range(self.layers):
             h = block(self.style, self.heads, name=f"block_{i}")(h, mask, sequence, at)
+        if not self.final_norm:
+            return h.astype(jnp.float32)
         return layer_norm(self.style._replace(dtype="float32"), name="norm_out")(h)
 
 

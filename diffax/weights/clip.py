@@ -322,19 +322,27 @@ def transformers_config(config: Mapping) -> Architecture:
     for c in (text, image):
         if c["layer_norm_eps"] != 1e-5:
             refuse(model, "layer_norm_eps", c["layer_norm_eps"], "supported: 1e-05")
-        if c["hidden_act"] not in ("quick_gelu", "gelu") or c["hidden_act"] != text["hidden_act"]:
-            refuse(model, "hidden_act", c["hidden_act"], "supported: 'quick_gelu', 'gelu', in both encoders alike")
+        if c["hidden_act"] not in ("quick_gelu", "gelu"):
+            refuse(model, "hidden_act", c["hidden_act"], "supported: 'quick_gelu', 'gelu'")
     if image["num_channels"] != 3:
         refuse(model, "num_channels", image["num_channels"], "supported: 3")
     tower = {"width": "hidden_size", "hidden": "intermediate_size"}
     tower |= {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    own = {} if image["hidden_act"] == text["hidden_act"] else {"activation": image["hidden_act"]}
     return _architecture(
         image["image_size"],
         features=config.get("projection_dim", 512),
         activation=text["hidden_act"],
-        image=_pick(model, image, tower | {"patch": "patch_size"}),
-        text=_pick(model, text, tower | {"vocab_size": "vocab_size", "length": "max_position_embeddings"}),
+        image=_pick(model, image, tower | {"patch": "patch_size"}) | own | _head_channels(image),
+        text=_pick(model, text, tower | {"vocab_size": "vocab_size", "length": "max_position_embeddings"})
+        | _head_channels(text),
     )
+
+
+def _head_channels(c: Mapping) -> dict[str, int]:
+    """The channels of a head, where they are not the width over the number of heads."""
+    head, heads = c.get("head_dim"), c["num_attention_heads"]
+    return {} if not head or head * heads == c["hidden_size"] else {"head_channels": head}
 
 
 def openai_config(state_dict: Mapping[str, Any]) -> Architecture:

@@ -277,9 +277,8 @@ def net_config(constructor: Mapping, *, model: str, image_size: int = 64) -> Arc
     kind, c = MODELS[model], dict(constructor)
     if kind == "prior":
         _need(model, c, ("text_ctx", "xf_width", "xf_layers", "xf_heads", "xf_final_ln", "clip_dim"))
-        if not c["xf_final_ln"]:
-            refuse(model, "xf_final_ln", c["xf_final_ln"], "only a prior with a last norm is supported")
         net = dict(name="prior", width=c["xf_width"], layers=c["xf_layers"], heads=c["xf_heads"])
+        net |= {} if c["xf_final_ln"] else {"final_norm": False}
         clip = dict(size=c["clip_dim"], width=c["clip_dim"], length=c["text_ctx"])
         takes, size = ("text_features", "text_embedding"), c["clip_dim"]
         return Architecture(net | {"clip": clip}, (size,), takes, num_classes=0, out_channels=size)

@@ -8,6 +8,7 @@ import pytest
 
 from diffax.components import build, names, spec
 from diffax.diffusion import guidance, process, samplers, schedules
+from diffax.errors import UserError
 
 MEAN, STD = 0.3, 0.5
 CHAIN = schedules.discrete(schedules.cosine_betas(1000))
@@ -25,6 +26,8 @@ def gaussian_denoiser(variance="fixed_small"):
 
 
 def made(name, **fields):
+    name, _, solver_type = name.partition(":")
+    fields |= {"solver_type": solver_type} if solver_type else {}
     return build(spec("sampler", name, **fields), "sampler")
 
 
@@ -58,8 +61,9 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_the_small_variance():
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [("ddim", 1), ("heun", 2), ("dpm_solver_2m", 2), ("dpm_solver_pp_2m", 2), ("dpm_solver_pp_3m", 2), ("unipc", 2)],
-)
+    [("ddim", 1), ("heun", 2), ("dpm_solver_2m", 2), ("dpm_solver_pp_2m", 2), ("dpm_solver_pp_3m", 2), ("unipc", 2),
+     ("dpm_solver_2m:heun", 2), ("dpm_solver_pp_2m:heun", 2)],
+)  # fmt: skip
 def test_order_of_convergence(name, order):
     """Against the exact solution of the probability flow: twice the steps leave 2^-order of the error.
 
@@ -110,6 +114,43 @@ def test_the_long_last_step_of_a_continuous_schedule_is_not_extrapolated(name, s
     exact = MEAN + STD * (z - first.alpha * MEAN) / np.sqrt(first.alpha**2 * STD**2 + first.sigma**2)
     error = np.abs(run(made(name)) - exact).mean()
     assert error < np.abs(run(samplers.ddim(0.0)) - exact).mean() + 0.02, error
+
+
+@pytest.mark.parametrize("predicts", ["x", "eps"])
+def test_the_heun_type_integrates_a_straight_line_exactly(predicts):
+    """The second step of 2M in float64, by quadrature of the semi-linear solution (Lu et al. 2022b, equation 8)."""
+    logsnr = np.array([-3.0, -1.5, 0.5, 1.0])
+    levels = schedules.NoiseLevel(time=np.arange(4.0)[::-1], logsnr=logsnr)
+    steps = schedules.between(*(jax.tree.map(lambda a, i=i: a[i : i + 3], levels) for i in (0, 1)))
+    z, guesses = np.array([[0.7]]), np.array([0.9, -0.4])
+
+    def denoise(z, step, **cond):
+        guess = jnp.where(step.t.time == 3, guesses[0], guesses[1])[:, None] * jnp.ones_like(z)
+        return process.predict(guess, z, step, predicts=predicts, variance="fixed_small")
+
+    sampler = samplers.dpm_solver(2, predicts=predicts, solver_type="heun")
+    memory, found = sampler.init(jnp.asarray(z), 3), [jnp.asarray(z, jnp.float32)]
+    for i in range(2):
+        step = jax.tree.map(lambda a, i=i: jnp.asarray(a[i : i + 1]), steps)
+        out, _, memory = sampler.step(denoise, found[-1], step, None, memory)
+        found.append(out)
+    lam = logsnr / 2
+    t = np.linspace(lam[1], lam[2], 200_001)
+    line = guesses[1] + (guesses[1] - guesses[0]) / (lam[1] - lam[0]) * (t - lam[1])
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(sign * logsnr))) for sign in (-1, 1))
+    if predicts == "x":
+        start, weight, scale = sigma[2] / sigma[1], np.exp(t - lam[2]), alpha[2]
+    else:
+        start, weight, scale = alpha[2] / alpha[1], np.exp(lam[2] - t), -sigma[2]
+    want = start * float(found[1][0, 0]) + scale * np.trapezoid(weight * line, t)
+    np.testing.assert_allclose(found[2][0, 0], want, rtol=1e-5)
+
+
+def test_solver_types_are_checked():
+    with pytest.raises(UserError, match="sampler.solver_type must be one of 'midpoint', 'heun', got 'euler'"):
+        made("dpm_solver_pp_2m", solver_type="euler")
+    with pytest.raises(ValueError, match="solver_type must be"):
+        samplers.dpm_solver(2, solver_type="euler")
 
 
 def test_inversion_and_sampling_undo_each_other():

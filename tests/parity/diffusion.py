@@ -427,13 +427,26 @@ def _solver(name, args):
         if (order, kind) != (2, "bh2"):
             raise NotImplementedError(f"{name} of order {order}, type {kind}")
         return samplers.unipc(), args.get("final_sigmas_type", "zero")
-    if kind != "midpoint" or algorithm not in ("dpmsolver", "dpmsolver++"):
+    if kind not in ("midpoint", "heun") or algorithm not in ("dpmsolver", "dpmsolver++"):
         raise NotImplementedError(f"{name} with {algorithm}, {kind}")
     predicts = "x" if algorithm == "dpmsolver++" else "eps"
     try:
-        return samplers.dpm_solver(order, predicts=predicts), args.get("final_sigmas_type", "zero")
+        return samplers.dpm_solver(order, predicts=predicts, solver_type=kind), args.get("final_sigmas_type", "zero")
     except ValueError as error:
         raise NotImplementedError(f"{name}: {error}") from error
+
+
+def _solver_timesteps(args, count, heun):
+    """Noisiest first. The multistep schedulers leave out the last of one step more, Heun's keeps both ends."""
+    spacing, steps, more = args["timestep_spacing"], args["num_train_timesteps"], 0 if heun else 1
+    if spacing == "linspace":
+        t = np.linspace(0, steps - 1, count + more)[::-1][:count]
+        return t if heun else np.round(t).astype(np.int64)
+    if spacing == "leading":
+        return (np.arange(count + more) * (steps // (count + more)))[::-1][:count] + args.get("steps_offset", 0)
+    if spacing == "trailing":
+        return np.round(np.arange(steps, 0, -steps / count)).astype(np.int64) - 1
+    raise NotImplementedError(f"timestep_spacing {spacing}")
 
 
 def solver_loop(meta, inputs):
@@ -443,28 +456,27 @@ def solver_loop(meta, inputs):
     steps, heun = args["num_train_timesteps"], name == "HeunDiscreteScheduler"
     plain = {"rescale_betas_zero_snr": False, "thresholding": False, "euler_at_final": False, "lower_order_final": True}
     plain |= {key: False for key in args if key.startswith("use_")}
-    plain |= {"disable_corrector": [], "predict_x0": True, "clip_sample": False, "prediction_type": "epsilon"}
+    plain |= {"disable_corrector": [], "predict_x0": True}
     for key, value in plain.items():
         if args.get(key, value) != value:
             raise NotImplementedError(f"{name} with {key}={args[key]}")
-    if args["timestep_spacing"] != "linspace":
-        raise NotImplementedError(f"{name} with timestep_spacing={args['timestep_spacing']}")
+    predicts = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}[args["prediction_type"]]
+    wraps = [guidance.clip_denoised(args["clip_sample_range"])] if args.get("clip_sample") else []
     sampler, ends = _solver(name, args)
     schedule = schedules.discrete(_train_betas(args))
 
     def denoise(z, step, **cond):
         out = z * process.expand(step.t.time / (step.t.time + 1), z)
-        return process.predict(out, z, step, predicts="eps", variance="fixed_small")
+        return process.predict(out, z, step, predicts=predicts, variance="fixed_small")
 
-    got = {}
+    denoise, got = guidance.guided(denoise, wraps), {}
     for count in config["num_inference_steps"]:
-        if heun:  # fractional steps: log sigma is interpolated between those of the chain
-            t = np.linspace(0, steps - 1, count)[::-1]
+        t = _solver_timesteps(args, count, heun)
+        if heun:  # fractional steps: sigma / alpha is interpolated between those of the chain
             chain = schedule(np.arange(1, steps + 1) / steps).logsnr
             ratio = np.interp(t, np.arange(steps), np.exp(-chain / 2))
             levels = NoiseLevel(time=t, logsnr=-2 * np.log(ratio))
         else:
-            t = np.round(np.linspace(0, steps - 1, count + 1))[::-1][:-1].astype(np.int64)
             levels = schedule((t + 1) / steps)
         end = schedule(np.array([1 / steps])) if ends == "sigma_min" else None
         logsnr = np.append(levels.logsnr[1:], np.inf if end is None else end.logsnr)
@@ -472,9 +484,9 @@ def solver_loop(meta, inputs):
         table = schedules.between(levels, s)
         sigmas = np.exp(-np.append(levels.logsnr, logsnr[-1]) / 2)
         x = nhwc(inputs["x"])
-        if heun:  # it starts from x times the largest sigma, over alpha
+        if heun:  # it starts from x times the largest sigma / alpha, or times 1 / alpha
             first = jax.tree.map(lambda a: jnp.asarray(a[:1], jnp.float32), levels)
-            x = process.expand(first.sigma, x) * x
+            x = x if args["timestep_spacing"] == "leading" else process.expand(first.sigma, x) * x
             got[f"{count}.timesteps"] = np.concatenate([t[:1], np.repeat(t[1:], 2)])
             got[f"{count}.sigmas"] = np.concatenate([sigmas[:1], np.repeat(sigmas[1:-1], 2), sigmas[-1:]])
             at = jax.tree.map(lambda a: jnp.asarray(a[:1]), table)
@@ -483,7 +495,7 @@ def solver_loop(meta, inputs):
         else:
             got |= {f"{count}.timesteps": t, f"{count}.sigmas": sigmas}
             one = jax.tree.map(lambda a: jnp.asarray(a[:1]), table)
-            got[f"{count}.x_first"] = nchw(sampler.step(denoise, x, one, None, sampler.init(x, count))[0])
+            got[f"{count}.x_first"] = nchw(sampler.step(denoise, x, one, None, sampler.init(x, len(t)))[0])
         walk = jax.jit(lambda x, table=table: samplers.sample(denoise, x, lambda i: jnp.zeros(()), table, sampler))
         got[f"{count}.x_final"] = nchw(walk(x))
     return got

@@ -1,49 +1,60 @@
 """Every golden case of the folder in DIFFAX_GOLDEN (default tests/golden), run by the runner of its kind.
 
-`DIFFAX_GOLDEN=dir pytest tests/parity` runs any folder of such cases. A kind without a runner, and an option that a
-runner does not know, are reported by name as not covered.
+`DIFFAX_GOLDEN=dir DIFFAX_VOCAB=vocabularies pytest tests/parity` runs any folder of such cases. A kind without a
+runner, and an option that a runner does not know, are reported by name as not covered.
 """
 
 import numpy as np
 import pytest
 
-from tests import clip_test, unclip_test
-from tests.parity import diffusion, golden, models
+from tests.parity import clip, diffusion, golden, inception, metrics, models, tokenizers, unclip
 
-RUNNERS = diffusion.RUNNERS | models.RUNNERS
-# run by metrics_test, inception_test and tokenizer_test
-ELSEWHERE = ("metrics.", "torch_fidelity.", "glide.tokenizer.", "karlo.tokenizer")
-
-
-def elsewhere(name: str) -> bool:
-    """Whether a case is run by another file, such as those about CLIP by clip_test."""
-    return name in {*clip_test.CASES, *unclip_test.CASES} or golden.load_case(name)[0]["kind"].startswith(ELSEWHERE)
+RUNNERS = {
+    kind: run
+    for module in (clip, diffusion, inception, metrics, models, tokenizers, unclip)
+    for kind, run in module.RUNNERS.items()
+}
 
 
-@pytest.mark.parametrize("name", [name for name in golden.case_names() if not elsewhere(name)])
+def disagreement(got, want, tolerance):
+    """(what is wrong, how many times the tolerance it deviates)."""
+    if np.issubdtype(want.dtype, np.integer) or want.dtype == bool:
+        same = np.array_equal(got, want)
+        return ("" if same else f"integers differ: {got} instead of {want}"), 0.0
+    ratio = golden.deviation(got, want) / tolerance
+    return (f"deviates {ratio:.3g} times the tolerance {tolerance:.3g}" if ratio > 1 else ""), ratio
+
+
+@pytest.mark.parametrize("name", golden.case_names())
 def test_golden(name, record_property):
     meta, inputs, outputs = golden.load_case(name)
-    if meta["kind"] not in RUNNERS:
-        pytest.skip(f"not covered: {name}: no runner for kind {meta['kind']}")
+    kind = meta["kind"]
+    if kind not in RUNNERS:
+        pytest.skip(f"not covered: {name}: no runner for kind {kind}")
     try:
-        got = RUNNERS[meta["kind"]](meta, inputs, golden.parameters(meta))
+        got = RUNNERS[kind](meta, inputs, golden.parameters(meta))
     except NotImplementedError as missing:
         pytest.skip(f"not covered: {name}: {missing}")
+    masks = clip.MASKS[kind](inputs, outputs) if kind in clip.MASKS else {}
     failures, worst = [], 0.0
     for key, want in outputs.items():
         if key not in got:
             failures.append(f"{key}: the runner gives no such output")
-        elif np.issubdtype(want.dtype, np.integer):
-            if not np.array_equal(got[key], want):
-                failures.append(f"{key}: integers differ: {got[key]} instead of {want}")
-        else:
-            ratio = golden.deviation(got[key], want) / golden.tolerance(meta, key)
-            worst = max(worst, ratio)
-            if ratio > 1:
-                failures.append(f"{key}: deviates {ratio:.3g} times the tolerance {golden.tolerance(meta, key):.3g}")
+            continue
+        ours = np.asarray(got[key])
+        if key in masks:
+            ours, want = (np.where(masks[key], a, 0) for a in (ours, want))
+        wrong, ratio = disagreement(ours, want, metrics.TOLERANCES.get(kind, golden.tolerance(meta, key)))
+        failures += [f"{key}: {wrong}"] * bool(wrong)
+        worst = max(worst, ratio)
     record_property("worst", worst)
     assert not failures, f"{name}: " + "; ".join(failures)
 
 
 def test_the_folder_has_cases():
     assert golden.case_names(), f"no golden cases in {golden.FOLDER}"
+
+
+@pytest.mark.skipif(golden.FOLDER.name != "golden", reason="DIFFAX_GOLDEN names a folder of other cases")
+def test_every_runner_has_a_case():
+    assert {golden.load_case(name)[0]["kind"] for name in golden.case_names()} >= set(RUNNERS)
