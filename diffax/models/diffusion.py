@@ -347,7 +347,7 @@ class DiffusionModel:
         if len(chosen.t.logsnr) < 2:
             raise ValueError("inversion takes two steps or more")
         climb = chosen[::-1]
-        table = climb[:-1].replace(s=climb[1:].t)
+        table = dataclasses.replace(climb[:-1], s=climb[1:].t)
         return dataclasses.replace(self, steps=table, sampler=samplers.ddim(eta=0.0), guidance={})
 
     # ---- scores
@@ -450,7 +450,7 @@ def _check_choices(predicts: str, variance: str | float, loss: Any, schedule: No
         raise ValueError(
             f"variance {variance!r} is not trained by the loss; use the loss 'hybrid' or 'vlb', or a fixed variance"
         )
-    if not learned and getattr(loss, "needs_learned_variance", False):
+    if not learned and getattr(loss, "needs_variance", False):
         raise ValueError(
             f"the loss trains a variance, but variance is {variance!r}; use 'learned_range', or the loss 'simple'"
         )
