@@ -352,7 +352,8 @@ class SampleFn:
     def _check_size(self, given: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises UserError if a picture that is given is of a size that the networks cannot halve often enough."""
         factor, unit = 1, 1
-        small = next((v["image"] for v in given[self.models[0].name].values() if "image" in (v or ())), None)
+        of_first = given[self.models[0].name].values()
+        small = next((v["image"] for v in of_first if isinstance(v, Mapping) and "image" in v), None)
         if small is None:
             return
         for model in self.models:
