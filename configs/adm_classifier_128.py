@@ -7,7 +7,7 @@ Data: a folder of images, one folder per class, data/imagenet_128 below the curr
       --config.classifier.data.path=FOLDER.
 Cost: 300,000 steps of 256 pictures; the paper reports 9 days of a V100.
 Command: python -m diffax.main --config=configs/adm_classifier_128.py --workdir=runs/adm_imagenet_128
-In the workdir of a model of configs/adm_imagenet_128.py it guides that model.
+Trained in the workdir of configs/adm_imagenet_128.py, it guides that model.
 """
 
 from diffax.config import new, spec, split_variant

@@ -7,7 +7,7 @@ Data: a folder of images, one folder per class, data/imagenet_512 below the curr
       --config.classifier.data.path=FOLDER.
 Cost: 500,000 steps of 256 pictures.
 Command: python -m diffax.main --config=configs/adm_classifier_512.py --workdir=runs/adm_imagenet_512
-In the workdir of a model of configs/adm_imagenet_512.py it guides that model.
+Trained in the workdir of configs/adm_imagenet_512.py, it guides that model.
 """
 
 from diffax.config import new, spec, split_variant

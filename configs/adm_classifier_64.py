@@ -7,7 +7,7 @@ Data: a folder of images, one folder per class, data/imagenet_64 below the curre
       --config.classifier.data.path=FOLDER.
 Cost: 300,000 steps of 1024 pictures.
 Command: python -m diffax.main --config=configs/adm_classifier_64.py --workdir=runs/adm_imagenet_64
-In the workdir of a model of configs/adm_imagenet_64.py it guides that model.
+Trained in the workdir of configs/adm_imagenet_64.py, it guides that model.
 """
 
 from diffax.config import new, spec, split_variant

@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
     stage.train.update(num_train_steps=500_000, batch_size=256, learning_rate=1e-4, warmup_steps=0)
     stage.train.update(optimizer=spec("optimizer", "adamw"), grad_clip=0.0, ema=(0.9999,))
     config.sample.update(num=16, batch_size=16, columns=4)
-    config.eval.update(num=0, batch_size=16)  # there are no labels to judge samples by
+    config.eval.update(num=0, batch_size=16)  # without labels there is nothing for a classifier to score
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "photos")
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))

@@ -8,9 +8,9 @@ The first two stages are those of configs/cascade_64.py. Labels at every stage, 
 | 3.52         | 3.76       | 128.80 +- 2.51 | 59.84 %   | 81.79 %   |
 
 The last stage is trained with half of its smaller pictures blurred (section 3) and samples from them as they are;
-Gaussian noise did not help here. Its clock is the noise level itself, so that the 100 steps that it samples are not
-steps of its 2000. 575.3M parameters, counted here; the paper gives none. Range of the blur: the one that was best at
-256 pixels; betas, clock and variance as in SR3 (arXiv:2104.07636).
+Gaussian noise did not help here. Its network embeds the noise level itself in place of a timestep, so that the 100
+steps of sampling need not be among the 2000 of training. 575.3M parameters, counted here; the paper gives none. The
+range of the blur is the best one at 256 pixels; betas, time and variance are those of SR3 (arXiv:2104.07636).
 
 Data: folders of images, one folder per class, data/imagenet_32, data/imagenet_64 and data/imagenet_128 below the
       current one, or --config.up_128.data.path=FOLDER and so on.

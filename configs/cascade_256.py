@@ -9,7 +9,7 @@ The first two stages are those of configs/cascade_64.py. Labels at every stage, 
 
 What each part of the recipe of the last stage adds, FID: half of the smaller pictures blurred, sigma in (0.4, 0.6),
 6.18; labels 5.75; a batch of 1024 5.00; flips 4.88. Four steps in place of its 100 hurt FID but slightly, a thousand
-gain nothing. 634.0M parameters, counted here; the paper gives none. Betas, clock and variance as in
+gain nothing. 634.0M parameters, counted here; the paper gives none. Betas, time and variance are those of
 configs/cascade_128.py.
 
 Data: folders of images, one folder per class, data/imagenet_32, data/imagenet_64 and data/imagenet_256 below the

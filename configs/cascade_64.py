@@ -7,13 +7,15 @@ Labels at both stages, guidance at none. The paper's scores, 50,000 samples:
 | 32   | 1.11         | 1.99       | 26.01 +- 0.59 |
 | 64   | 1.48         | 2.48       | 67.95 +- 1.97 |
 
-The second stage is trained on smaller pictures with Gaussian noise, any amount of it (section 3), and is told how
-much. At no noise the cascade has FID 1.71; best is some: step 751 to 1251 of 4000, here 1000, which `low_res.level`
-says as a share. `low_res.truncated` stops the first stage at that noise in place of adding it; the paper finds both
-equally good. Pick the level anew for a model of your own: --mode=evaluate --config.eval.levels=0,0.1,0.2,0.3
+The second stage is trained on smaller pictures with any amount of Gaussian noise, which its network reads (section 3).
+Without noise the cascade has FID 1.71; steps 751 to 1251 of 4000 are best, here 1000, which `conditions.low_res.level`
+gives as a fraction. `conditions.low_res.truncated` stops the first stage at that level in place of adding noise; the
+paper finds both equally good. To choose the level for another model: --mode=evaluate
+--config.eval.levels=0,0.1,0.2,0.3
 
 825.5M and 751.7M parameters, counted here; the paper gives none, nor says whether it took BigGAN's resampling and
-adaptive normalisation, which are assumed. Warm-up, clipping and the scale of the clock are those of its forerunners.
+adaptive normalisation, which are assumed. Warm-up, clipping of gradients and the scale of time are those of Improved
+DDPM and ADM.
 
 Data: folders of images, one folder per class, data/imagenet_32 and data/imagenet_64 below the current one, or
       --config.base.data.path=FOLDER and --config.up.data.path=FOLDER, which may be the same.

@@ -1,6 +1,6 @@
 """Classifier-free guidance on ImageNet, 128x128 (Ho & Salimans 2022, arXiv:2207.12598).
 
-Table 2: continuous log-SNR schedule over [-20, 20], labels withheld from a share of the examples (p_uncond), constant
+Table 2: continuous log-SNR schedule over [-20, 20], labels dropped for a share of the examples (p_uncond), constant
 interpolated variance v = 0.2. The paper's scores, 50,000 samples of 256 steps; its w is guidance - 1 here:
 
 | guidance     | 1.0   | 1.1    | 1.3    | 1.5    | 2.0    | 5.0    |
@@ -10,8 +10,8 @@ interpolated variance v = 0.2. The paper's scores, 50,000 samples of 256 steps; 
 
 At guidance 1.3, 128 steps reach FID 3.04 and 1024 steps no more than 256. The classifier of ADM guides to 2.97
 (configs/adm_imagenet_128.py). 421.5M parameters (the network of ADM without a learned variance). p_uncond is 0.1, the
-best value at 64 pixels; the paper's tables state none here. The clock reads 1000 u, as in the authors' later code; the
-paper does not say.
+best value at 64 pixels; the paper's tables state none here. The network embeds the time 1000 u, as in the authors'
+later code; the paper does not say.
 
 Data: a folder of images, one folder per class, data/imagenet_128 below the current one, or
       --config.base.data.path=FOLDER.

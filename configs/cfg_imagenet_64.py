@@ -1,6 +1,6 @@
 """Classifier-free guidance on ImageNet, 64x64 (Ho & Salimans 2022, arXiv:2207.12598).
 
-Table 1: continuous log-SNR schedule over [-20, 20], labels withheld from a share of the examples (p_uncond), constant
+Table 1: continuous log-SNR schedule over [-20, 20], labels dropped for a share of the examples (p_uncond), constant
 interpolated variance v = 0.3. The paper's scores, 50,000 samples, p_uncond 0.1; its w is guidance - 1 here:
 
 | guidance     | 1.0   | 1.1   | 1.3  | 2.0   | 5.0   |
@@ -9,8 +9,8 @@ interpolated variance v = 0.3. The paper's scores, 50,000 samples, p_uncond 0.1;
 | Inception    | 53.71 | 66.11 | 92.8 | 170.1 | 260.2 |
 
 295.9M parameters (the network of ADM without a learned variance). 256 steps, which the paper recommends for 128
-pixels; it does not say how many it took here. The clock reads 1000 u, as in the authors' later code; the paper does not
-say.
+pixels; it does not say how many it took here. The network embeds the time 1000 u, as in the authors' later code; the
+paper does not say.
 
 Data: a folder of images, one folder per class, data/imagenet_64 below the current one, or
       --config.base.data.path=FOLDER.

@@ -3,7 +3,7 @@
 Width 768 and 12 blocks for pictures, 512 and 12 for captions: 149,620,737 parameters, those of the released model.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.clip.data.path=FOLDER; where
-      the data have classes, zero-shot accuracy on held-out pictures is told on the way.
+      the data have classes, training reports zero-shot accuracy on held-out pictures.
 Cost: 32 epochs of 400 million pairs, work for a TPU pod.
 Command: python -m diffax.main --config=configs/clip_vit_b16.py
 Larger: configs/clip_vit_l14.py, configs/clip_vit_h16.py
@@ -26,9 +26,7 @@ def get_config(variant: str = ""):
     clip.net.update(features=512, activation="quick_gelu", remat="blocks")
     clip.net.image.update(width=768, layers=12, heads=12, patch=16)
     clip.net.text.update(width=512, layers=12, heads=8)
-    clip.schedule = spec(
-        "schedule", "cosine", num_timesteps=1000
-    )  # not used; as in the configs that read its embeddings
+    clip.schedule = spec("schedule", "cosine", num_timesteps=1000)  # not used
     clip.train.update(
         num_train_steps=390_000, batch_size=32_768, learning_rate=5e-4, warmup_steps=2000, anneal="cosine"
     )

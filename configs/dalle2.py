@@ -1,8 +1,8 @@
 """DALL-E 2: 1024x1024 pictures from text (Ramesh et al. 2022, arXiv:2204.06125): CLIP, prior, decoder, two upsamplers.
 
 The stages of the configs dalle2_clip, dalle2_prior, dalle2_decoder_64, dalle2_upsample_256 and dalle2_upsample_1024,
-where their sizes, scores and data are told. The CLIP is trained first and then frozen; what it makes of pictures and
-captions is computed as they are read.
+which describe their sizes, scores and data. The CLIP is trained first and then frozen; its embeddings of pictures and
+captions are computed as these are read.
 
 Command: python -m diffax.main --config=configs/dalle2.py --stage=clip
      then the same with --stage=prior, decoder, up and up_1024, in any order or at the same time; then

@@ -4,10 +4,10 @@ Width 1280 and 32 blocks for pictures, 1024 and 24 for captions. Numbers of head
 printed; these are 16, and CLIP's 77. 986,339,841 parameters. Batch and optimizer are CLIP's (Radford et al. 2021).
 
 The paper trains with sharpness-aware minimisation, rho 0.1, each of 512 devices climbing by its own 64 pairs, which
-doubles the cost: it is what makes few principal components tell an embedding, as the autoregressive prior needs.
+doubles the cost: with it, few principal components describe an embedding, as the autoregressive prior needs.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.clip.data.path=FOLDER. The
-      paper mixes two sets half and half, 650 million pairs together: data.name='mix'.
+      paper mixes two sets half and half, 650 million pairs together: --config.clip.data=mix.
 Cost: work for a TPU pod.
 Command: python -m diffax.main --config=configs/dalle2_clip.py
 Then: configs/dalle2_prior.py, configs/dalle2_decoder_64.py

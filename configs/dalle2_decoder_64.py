@@ -1,8 +1,8 @@
 """The decoder of DALL-E 2: 64x64 pictures from an image embedding and a caption (Ramesh et al. 2022, arXiv:2204.06125).
 
 Section 2.1 and table 3. It is the 3.5 billion parameter base model of GLIDE (configs/glide_base_64.py:paper) with the
-embedding added to the clock, and as four more tokens to attend to. 3,565,435,398 parameters. The embedding of a tenth
-of the pictures is withheld, and the caption of half of them, each on its own.
+image embedding added to the timestep embedding, and as four more tokens to attend to. 3,565,435,398 parameters. The
+image embedding is dropped for 10 % of the examples and the caption for 50 %, independently.
 
 FID on MS-COCO at 256x256 of the whole system, 30,000 captions, 250 steps, scale 1.25: 10.39 (GLIDE 12.24).
 

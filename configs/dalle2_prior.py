@@ -1,8 +1,8 @@
 """The diffusion prior of DALL-E 2 (Ramesh et al. 2022, arXiv:2204.06125, section 2.2 and table 3).
 
 A causal transformer, width 2048, 24 blocks, 32 heads, that reads the caption (256 tokens of its own), the CLIP text
-embedding, the clock, the noised image embedding and a query, and predicts the clean embedding. The paper says 1 billion
-parameters; these are 1,327 million, of which 103 are the table of tokens.
+embedding, the timestep embedding, the noised image embedding and a query, and predicts the clean embedding. The paper
+says 1 billion parameters; these are 1,327 million, of which 103 are the table of tokens.
 
 64 steps with the variance of Analytic-DPM, which is measured when training ends. Of two samples the one nearer to the
 caption is kept. The paper finds that guiding the prior harms, so the scale is 1 here.

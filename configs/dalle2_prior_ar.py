@@ -1,11 +1,11 @@
 """The autoregressive prior of DALL-E 2 (Ramesh et al. 2022, arXiv:2204.06125, section 2.2 and table 3).
 
 It writes an embedding as 319 codes, of its first principal components, each in one of 1,024 buckets. A causal
-transformer, width 1664, 24 blocks, 26 heads, is told the caption by a text encoder of its own (256 tokens, width 2048,
-24 blocks, 32 heads), the CLIP text embedding, and how well the picture is to fit the caption: sampling draws that from
-the upper half of what training saw. 2,285,749,120 parameters, of which the text encoder has 1,316 million; the paper
-says 1 billion. It leaves open how the caption enters (here as keys and values of every block), where the buckets lie
-(here at quantiles) and the scale of guidance (here 1).
+transformer, width 1664, 24 blocks, 26 heads, reads the caption through a text encoder of its own (256 tokens, width
+2048, 24 blocks, 32 heads), the CLIP text embedding, and how well the picture is to fit the caption: sampling draws that
+from the upper half of the training data's values. 2,285,749,120 parameters, of which the text encoder has 1,316
+million; the paper says 1 billion. It leaves open how the caption enters (here as keys and values of every block), where
+the buckets lie (here at quantiles) and the scale of guidance (here 1).
 
 FID on MS-COCO at 256x256 of the whole system, 30,000 captions, decoder's scale 1.25: 10.63 (diffusion prior: 10.39).
 

@@ -1,6 +1,6 @@
 """GLIDE: 256x256 pictures from text (Nichol et al. 2021, arXiv:2112.10741): a base model and an upsampler.
 
-The stages of configs/glide_base_64.py and configs/glide_upsample_256.py, where their sizes, scores and data are told.
+The stages of configs/glide_base_64.py and configs/glide_upsample_256.py, which describe their sizes, scores and data.
 
 Command: python -m diffax.main --config=configs/glide.py --stage=base
      and the same with --stage=up, at the same time or before; then

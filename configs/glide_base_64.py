@@ -1,17 +1,17 @@
 """GLIDE's base model: 64x64 pictures from text (Nichol et al. 2021, arXiv:2112.10741), at the size that was released.
 
-The U-Net of ADM with a transformer for the caption, whose last output is added to the clock and all of whose outputs
-are attended to by every attention block. 385,030,726 parameters, the released base.pt; `:paper` is the model of the
-paper, 3.55 billion, of which the paper gives 3.5 (2.3 and 1.2 for the text); its number of heads is inferred.
+The U-Net of ADM with a transformer for the caption: its last output is added to the timestep embedding, and every
+attention block attends to all of its outputs. 385,030,726 parameters, the released base.pt; `:paper` is the model of
+the paper, 3.55 billion, of which the paper gives 3.5 (2.3 and 1.2 for the text); its number of heads is inferred.
 
 Zero-shot FID on MS-COCO at 256x256, of the paper's models, 30,000 captions, 250 steps, scale 1.5: 12.24. People
 preferred scale 3 (and classifier-free guidance to CLIP's), which is used here with 100 steps, as in the released code.
 
-The paper trains without withholding captions first, and then goes on withholding 20 % of them, which is `drop`.
+The paper first trains with every caption, and then drops 20 % of them, which is `condition_dropout`.
 Neither learning rate nor averaging is published; these are those of ADM.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.base.data.path=FOLDER.
-      Tokens are GPT-2's; the vocabulary is downloaded once, or --config.base.text.vocab=FOLDER.
+      Tokens are GPT-2's; the vocabulary is downloaded once, or --config.base.conditions.text.tokenizer.vocab=FOLDER.
 Cost: 1,600,000 steps (the paper's models 2,500,000 of 2048 pictures); the batch of the released one is not known.
 Command: python -m diffax.main --config=configs/glide_base_64.py
 With CLIP guidance: configs/glide_base_64.py:clip --mode=sample --config.base.workdir=runs/glide_base_64

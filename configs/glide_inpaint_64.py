@@ -2,8 +2,8 @@
 
 It goes on from configs/glide_base_64.py with the known part of the picture, and which part that is, as four more
 channels, whose weights are zero at first: 385,037,638 parameters, the released base_inpaint.pt. What the paper erases
-is not published; see `conditioning.random_known`. A quarter of the pictures are erased whole, so that the model still
-paints from text alone.
+is not published; see `diffax.diffusion.augment.random_known`. A quarter of the pictures are erased whole, so that the
+model still generates from text alone.
 
 Data: as for the base model.
 Cost: part of 500,000 steps, in which the released model learned guidance and inpainting.

@@ -44,7 +44,7 @@ def get_config(variant: str = ""):
         stage.schedule.rescale_time, stage.loss.weight = False, 1.0  # as published, unlike the rest
         stage.steps = "250"
         stage.train.update(num_train_steps=250_000, batch_size=2048, learning_rate=3e-4)
-        config.eval.num = 0  # judging samples by an SVC is for small data
+        config.eval.num = 0  # small evaluation classifiers are for small data
     if "tiny" in parts:
         tiny(config)
     return config

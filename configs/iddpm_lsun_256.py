@@ -2,7 +2,7 @@
 
 The program that comes with the paper, and no table of it: T = 1000, linear schedule, learned variance, no dropout, no
 flips, without the scaled shift in its blocks. No score was published. 113.7M parameters: configs/ddpm_lsun_256.py, with
-three channels out that tell the variance.
+three more output channels for the variance.
   bs128  1.2M steps at 1e-4 (the default)
   bs64   2.4M steps at 2e-5; the file's name says 64 pictures in a batch, the program's page 128
 

@@ -2,7 +2,7 @@
 
 T = 4000, linear schedule, learned variance. The model of configs/iddpm_imagenet_64.py:cond enlarged by this one has FID
 12.26, as the ADM paper gives it (arXiv:2105.05233). It is trained on the means of 4 by 4 pixels, neither noised nor
-blurred. 279.8M parameters. 250 steps, as for the small model; how many that score took is not said.
+blurred. 279.8M parameters. 250 steps, as for the small model; the paper does not say how many that score took.
 
 Data: a folder of images, one folder per class, data/imagenet_256 below the current one, or
       --config.up.data.path=FOLDER.

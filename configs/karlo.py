@@ -3,7 +3,7 @@
 A prior of 1,022,028,544 parameters, a decoder of 893,318,086 and an upsampler of two networks of 691,579,523 each, of
 which `up_last` takes the last of 7 steps; and OpenAI's CLIP ViT-L/14, 427,616,513 parameters, whose embeddings keep
 their length. The prior and the decoder read captions by CLIP alone. `clip.embedding.mean` and `std` are the statistics
-that were released with the prior, without which it makes nothing sensible.
+that were released with the prior, without which its embeddings are meaningless.
 
 FID on MS-COCO at 256x256, 30,000 captions, 50 steps of the decoder, scales 4 and 8: 14.43.
 

@@ -1,6 +1,6 @@
 """The decoder of karlo v1.0-alpha: 64x64 pictures from an image embedding and a caption (kakaobrain/karlo).
 
-893,318,086 parameters. All is told in configs/karlo.py, of which this is one network with what it needs.
+893,318,086 parameters. This is one network of configs/karlo.py, which describes the whole system, with what it needs.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.decoder.data.path=FOLDER.
 Cost: 1,000,000 steps.

@@ -1,6 +1,6 @@
 """The prior of karlo v1.0-alpha: embeddings of pictures, of CLIP's ViT-L/14, from captions (kakaobrain/karlo).
 
-1,022,028,544 parameters. All is told in configs/karlo.py, of which this is one network with what it needs.
+1,022,028,544 parameters. This is one network of configs/karlo.py, which describes the whole system, with what it needs.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.prior.data.path=FOLDER.
 Cost: 1,000,000 steps.

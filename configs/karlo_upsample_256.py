@@ -1,6 +1,6 @@
 """The upsampler of karlo v1.0-alpha: 64x64 to 256x256, the last of its 7 steps by a second network (kakaobrain/karlo).
 
-691,579,523 parameters. All is told in configs/karlo.py, of which this is one network with what it needs.
+691,579,523 parameters. This is one network of configs/karlo.py, which describes the whole system, with what it needs.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.up.data.path=FOLDER.
 Cost: 1,000,000 steps.
