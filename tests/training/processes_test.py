@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffax.training import checkpoints, loop, parallel, processes
+from diffax.training import checkpoints, loop, processes
 from tests.training.regression import batches, make
 
 
