@@ -50,8 +50,9 @@ def table(model: Any, *, attention_order: str = "legacy") -> Table:
 
     Args:
       model: a diffusion model with a U-Net, or a classifier.
-      attention_order: how the channels of qkv are sorted: 'legacy' (heads, then q, k, v: all of improved-diffusion,
-        of guided-diffusion) or 'new' (q, k, v, then heads: the flag `use_new_attention_order`). The wrong one loads, and
+      attention_order: how the channels of qkv are sorted: 'legacy' (heads, then q, k, v: all of
+        improved-diffusion, most of guided-diffusion) or 'new' (q, k, v, then heads: the flag
+        `use_new_attention_order`). The wrong one loads, and
         samples noise.
 
     Raises:
