@@ -13,7 +13,7 @@ from diffax.data import images
 from diffax.data.pipeline import Column, examples
 from diffax.diffusion import augment
 from diffax.sampling.sample_fn import SampleFn
-from diffax.training import parallel
+from diffax.training import processes
 
 
 def held_out_examples(
@@ -87,7 +87,7 @@ def sample_together(
         own = {name: values[part] for name, values in each.items()}
         return sample_fn(key, part.stop - part.start, first=part.start, **own, **how)
 
-    return parallel.share(make, n)
+    return processes.share(make, n)
 
 
 def smaller(image: np.ndarray, factor: int) -> np.ndarray:
