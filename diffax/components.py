@@ -283,7 +283,9 @@ def schema(factory: Callable | str) -> dict[str, Field]:
     hints |= typing.get_type_hints(target, include_extras=True)
     docs, fields = _argument_docs(factory), {}
     for name, parameter in parameters.items():
-        if name in ("self", "parent", "name") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        if name in ("self", "parent") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if name == "name" and inspect.isclass(factory):  # of a Flax module
             continue
         hint, marks = hints.get(name, Any), ()
         if typing.get_origin(hint) is typing.Annotated:
