@@ -450,7 +450,7 @@ def _check_choices(predicts: str, variance: str | float, loss: Any, schedule: No
         raise ValueError(
             f"variance {variance!r} is not trained by the loss; use the loss 'hybrid' or 'vlb', or a fixed variance"
         )
-    if not learned and getattr(loss, "needs_learned_variance", False):
+    if not learned and getattr(loss, "needs_variance", False):
         raise ValueError(
             f"the loss trains a variance, but variance is {variance!r}; use 'learned_range', or the loss 'simple'"
         )
