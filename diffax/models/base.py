@@ -229,6 +229,12 @@ def columns_of(conditions: Mapping[str, Condition]) -> dict[str, Column]:
     return {name: Column(key, convert) if convert else Column(key) for name, (key, convert) in columns.items()}
 
 
+def clip_of(model: Model) -> Any | None:
+    """The CLIP whose embeddings a model makes or is conditioned on; None if there is none."""
+    parts = (getattr(model, "target", None), *model.conditions.values())
+    return next((part.clip for part in parts if getattr(part, "clip", None) is not None), None)
+
+
 def edit_of(conditions: Mapping[str, Condition]) -> Callable | None:
     """The change of training pictures on the host that one of the conditions wants; None if none does."""
     return next((c.edit for c in conditions.values() if c.edit is not None), None)
