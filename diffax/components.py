@@ -296,8 +296,8 @@ def schema(factory: Callable | str) -> dict[str, Field]:
     hints |= typing.get_type_hints(target, include_extras=True)
     docs, fields = _argument_docs(factory), {}
     for name, parameter in parameters.items():
-        of_flax = inspect.isclass(factory) and name in ("parent", "name")
-        if name == "self" or of_flax or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        of_flax = "parent" in parameters and name in ("parent", "name")  # every Flax module has these two
+        if of_flax or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         hint, marks = hints.get(name, Any), ()
         if typing.get_origin(hint) is typing.Annotated:

@@ -71,7 +71,8 @@ def _drawing(config: Mapping[str, Any], workdir: pathlib.Path, class_names: Sequ
         given = grids.arguments_of(sample_fn, held_out)
         made = grids.sample_together(sample_fn, 0, len(given["image"]), given)
         if processes.is_primary():
-            grids.draw_enlargements(path, given["image"], made, held_out["image"])
+            real = grids.smaller(held_out["image"], held_out["image"].shape[1] // made.shape[1])
+            grids.draw_enlargements(path, given["image"], made, real)
 
     return draw
 

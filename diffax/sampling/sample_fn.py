@@ -350,10 +350,10 @@ class SampleFn:
 
     def _check_size(self, given: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises UserError if a picture that is given is of a size that the networks cannot halve often enough."""
-        factor, unit = 1, 1
-        small = next((v["image"] for v in given[self.models[0].name].values() if "image" in (v or ())), None)
-        if small is None:
+        if not self.enlarges:
             return
+        factor, unit = 1, 1
+        small = given[self.models[0].name][self.arguments["image"].name]["image"]
         for model in self.models:
             condition = model.conditions["low_res"]
             deepest = 2 ** (len(getattr(model.net.net, "channel_mult", (1,))) - 1)
