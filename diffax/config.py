@@ -330,7 +330,14 @@ def check(config: Mapping[str, Any], *, device_count: int = 1, process_count: in
     system = System(config)
     system.check()
     for name in system.trained:
+        components.build(config[name]["data"], "data", path=f"config.{name}.data")
         _check_train(config[name]["train"], f"config.{name}.train", device_count, process_count)
+        embeddings = config[name]["loader"]["embeddings"]
+        if embeddings and not system.model(name).frozen:
+            raise UserError(
+                f"config.{name}.loader.embeddings is {shown(embeddings)}, but config.{name} reads no embedding; leave it "
+                "empty"
+            )
     _check_scores(config, system)
 
 
@@ -386,6 +393,11 @@ def _check_scores(config: Mapping[str, Any], system: Any) -> None:
         raise UserError(
             f"config.eval.bpd_num must be 0, as config.{generators[-1].name} has a CLIP's embeddings for a condition, "
             f"got {score['bpd_num']}"
+        )
+    if config["sample"]["save"] and any(c.stops_before for model in generators for c in model.conditions.values()):
+        raise UserError(
+            "config.sample.save keeps clean pictures, but conditions.low_res.truncated of a stage leaves noise on those "
+            "of the stage before; set one of them to false"
         )
     if config["sample"]["prompts"] and not any(
         c.argument == "prompt" for model in generators for c in model.given.values()

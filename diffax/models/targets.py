@@ -104,6 +104,12 @@ class Embeddings(NamedTuple):
 Target = Pictures | Embeddings
 
 
+def check_clean(clip: Any) -> None:
+    """Raises ValueError if a CLIP whose image embeddings are read is one of noisy pictures."""
+    if clip.noised:
+        raise ValueError(f"the CLIP {clip.name} must be one of clean pictures; set config.{clip.name}.noised to false")
+
+
 def target_of(clip: Any, shape: tuple[int, ...], conditions: Mapping[str, Condition]) -> Target:
     """What a model with this shape makes; embeddings if it has a CLIP.
 
@@ -113,6 +119,7 @@ def target_of(clip: Any, shape: tuple[int, ...], conditions: Mapping[str, Condit
     if clip is not None:
         if tuple(shape) != (clip.features,):
             raise ValueError(f"shape must be ({clip.features},), the features of the CLIP {clip.name}, got {shape}")
+        check_clean(clip)
         return Embeddings(clip)
     if len(shape) != 3:
         raise ValueError(f"shape must be (height, width, channels), got {shape}")
