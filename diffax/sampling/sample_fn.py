@@ -15,7 +15,7 @@ from diffax.conditions.text import as_texts
 from diffax.data import images
 from diffax.errors import UserError
 from diffax.models import cascade
-from diffax.models.base import Generator, Sampling, Start
+from diffax.models.base import Generator, Sampling, Start, clip_of
 from diffax.training import parallel, reporting
 
 Params = Any
@@ -96,11 +96,10 @@ class SampleFn:
         Raises:
           UserError: there is none.
         """
-        for model in self.models:
-            for part in (*model.conditions.values(), model.target):
-                if getattr(part, "clip", None) is not None:
-                    return part.clip
-        raise UserError("no stage has a CLIP's embeddings; sample_fn; load a model with a CLIP")
+        found = next((clip for clip in map(clip_of, self.models) if clip is not None), None)
+        if found is None:
+            raise UserError("no stage has a CLIP's embeddings; sample_fn; load a model with a CLIP")
+        return found
 
     # ---- sampling
 
