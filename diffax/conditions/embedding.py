@@ -183,9 +183,6 @@ class ImageEmbedding(Condition):
         found = self.clip.image_embedding(params, batch)
         return {self.name: {"embedding": found, "present": jnp.ones(len(found), bool)}}
 
-    def in_sampling(self, given: Any, keys: Array, params: Mapping[str, Any]) -> dict[str, Array]:
-        return given
-
     def from_user(self, value: Any, n: int) -> dict[str, np.ndarray]:
         if value is None:
             if not self.droppable:
@@ -203,9 +200,6 @@ class ImageEmbedding(Condition):
 
     def count(self, value: Any) -> int | None:
         return len(value) if np.ndim(value) == 2 else None
-
-    def from_batch(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return batch[self.name]
 
     def made(self, out: Array, given: Any, reached: Any) -> dict[str, Array]:
         return {"embedding": out, "present": jnp.ones(len(out), bool)}

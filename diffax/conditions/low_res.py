@@ -216,7 +216,8 @@ class LowRes(Condition):
             return {"image": small}
         if reached is not None:  # it is as noisy as it should be
             return {"image": small, "time": jnp.broadcast_to(reached.time, keys.shape)}
-        at = self.schedule(jnp.broadcast_to(jnp.asarray(given["level"], jnp.float32), keys.shape))
+        level = jnp.asarray(given.get("level", self.level), jnp.float32)
+        at = self.schedule(jnp.broadcast_to(level, keys.shape))
         return {"image": augment.noise_to(small, at, keys), "time": at.time}
 
     def size(self, given: Mapping[str, Any]) -> tuple[int, int]:

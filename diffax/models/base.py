@@ -1,8 +1,8 @@
 """The protocol of models, and what several of them share.
 
 A *model* is what one section of a config describes and one training run trains. A *generator* is a model that can be
-sampled. A system is a list of generators, sampled one after the other by `models.cascade`. Whoever trains, samples, scores
-or compiles a model knows this protocol and no kind of model.
+sampled. A system is a list of generators, sampled one after the other by `models.cascade`. Whoever trains, samples,
+scores or compiles a model knows this protocol and no kind of model.
 """
 
 import dataclasses
@@ -98,6 +98,7 @@ class Generator(Model, Protocol):
       output: the condition that its sample is to later models, such as 'low_res'.
       number: its place among the generators of a config, which its noise depends on.
       shape: of one sample.
+      num_steps: how often sampling calls the network for one sample.
       given: the conditions that sampling is given, its own and those of its guidance.
       scale: of the guidance that has one, where a call gives none; None: it has no such guidance.
     """
@@ -105,6 +106,7 @@ class Generator(Model, Protocol):
     output: str
     number: int
     shape: tuple[int, ...]
+    num_steps: int
     given: Mapping[str, Condition]
     scale: float | None
 
@@ -134,6 +136,16 @@ class Generator(Model, Protocol):
           [B, ...]; with `keep`, also [keep, B, ...].
         """
 
+    def reached(self, stop: float | None) -> Any:
+        """The noise level at which sampling that stops at a log-SNR ends; None: clean."""
+
+    def resampled(self, choice: "Sampling") -> "Generator":
+        """The generator with another sampling grid or sampler.
+
+        Raises:
+          ValueError: the grid is not possible.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -143,7 +155,8 @@ class Start:
       image: [B, H, W, C] in [-1, 1], what is edited, of the size of the last model; or None.
       known: [B, H, W, 1], 1 where the image stays as it is; or None.
       noise: [B, ...] the z that sampling starts from, in place of a draw; or None.
-      strength: share of the steps that are walked, from the noised image (SDEdit, Meng et al. 2022); 1: all, from noise.
+      strength: share of the steps that are walked, from the noised image (SDEdit, Meng et al. 2022); 1: all of them,
+        from noise.
     """
 
     image: Array | None = None

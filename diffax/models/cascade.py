@@ -1,11 +1,12 @@
 """A system of generators, sampled one after the other: a fold (CDM, section 3; GLIDE; DALL-E 2)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from diffax.diffusion.schedules import NoiseLevel
 from diffax.models.base import Generator, Start, fold_in
 
 Array = jax.Array
@@ -26,24 +27,39 @@ def cascade(models: Sequence[Generator], *, keep: int = 0, every: bool = False) 
     """
     first = first_of_pictures(models)
 
-    def sample(params: Mapping[str, Params], keys: Array, given: Mapping, scales: Mapping = {}, start=None) -> Any:  # noqa: B006
-        made: dict[str, tuple[Any, Any]] = {}
+    def sample(params: Mapping[str, Params], keys: Array, given: Mapping, scales: Mapping | None = None, start=None):
+        made: dict[str, Made] = {}
         samples = {}
-        for i, model in enumerate(models):
-            own = {name: c.made(*made[name][:1], given[model.name].get(name), made[name][1]) if name in made
-                   else given[model.name][name] for name, c in model.given.items()}  # fmt: skip
-            stop = stop_of(model, models[i + 1 : i + 2])
-            its = start_of(model, start, first=model is first)
-            count = keep if model is models[-1] else 0
-            out = model.sample(
-                params, fold_in(keys, model.number), own, scale=scales.get(model.name), start=its, stop=stop, keep=count
+        for model, after in zip(models, (*models[1:], None), strict=True):
+            stop = stop_of(model, after)
+            samples[model.name] = model.sample(
+                params,
+                fold_in(keys, model.number),
+                inputs_of(model, given.get(model.name, {}), made),
+                scale=(scales or {}).get(model.name),
+                start=start_of(model, start, first=model is first),
+                stop=stop,
+                keep=0 if after else keep,
             )
-            samples[model.name] = out
-            if model is not models[-1]:
-                made[model.output] = out, model.reached(stop) if stop is not None else None
-        return samples if every else out
+            made[model.output] = Made(samples[model.name], None if stop is None else model.reached(stop))
+        return samples if every else samples[models[-1].name]
 
     return sample
+
+
+class Made(NamedTuple):
+    """A sample, and the noise level at which it was left; None: it is clean."""
+
+    sample: Any
+    reached: NoiseLevel | None
+
+
+def inputs_of(model: Generator, given: Mapping[str, Any], made: Mapping[str, Made]) -> dict[str, Any]:
+    """{condition: what the model is given for it}, of a call's values and what earlier models made."""
+    return {
+        name: condition.made(made[name].sample, given.get(name), made[name].reached) if name in made else given[name]
+        for name, condition in model.given.items()
+    }
 
 
 def first_of_pictures(models: Sequence[Generator]) -> Generator | None:
@@ -56,13 +72,12 @@ def start_of(model: Generator, start: Start | None, *, first: bool) -> Start | N
     return None if start is None or len(model.shape) != 3 else start.at(model.shape, first=first)
 
 
-def stop_of(model: Generator, after: Sequence[Generator]) -> float | None:
+def stop_of(model: Generator, after: Generator | None) -> float | None:
     """The log-SNR at which sampling stops because the model after it continues from noise; None: at clean data."""
-    for other in after:
-        condition = other.conditions.get(model.output)
-        if condition is not None and condition.stops_before is not None:
-            return float(other.schedule(np.array([condition.stops_before])).logsnr[0])
-    return None
+    condition = after.conditions.get(model.output) if after is not None else None
+    if condition is None or condition.stops_before is None:
+        return None
+    return float(after.schedule(np.array([condition.stops_before])).logsnr[0])
 
 
 def resampled(models: Sequence[Generator], choices: Mapping[str, Any]) -> tuple[Generator, ...]:

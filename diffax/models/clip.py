@@ -50,9 +50,6 @@ class GuidedCaption(Captioned):
     def example(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.clip.features,), jnp.float32)
 
-    def from_batch(self, batch: Mapping[str, Any]) -> Any:
-        return batch[self.name]
-
     def in_sampling(self, given: Array, keys: Array, params: Mapping[str, Params]) -> Array:
         embedding, _ = self.clip.net.apply({"params": params[self.clip.name]}, given, method="encode_text")
         return embedding

@@ -206,10 +206,13 @@ class CodePrior:
         Metrics are the loss, the mean over codes in nats, and the share of codes that are the most probable; also of
         each quarter of the row, whose first components matter most.
         """
-        keys = base.split(keys, "drop", "dropout")
+        keys = base.split(keys, "drop", "dropout", "conditions")
         x = batch["image_embedding"].astype(jnp.float32)
         wanted = codes.write(x, extra)
-        inputs = {name: batch[name] for name in self.conditions}
+        inputs = {
+            name: condition.in_training(batch, x, base.fold_in(keys["conditions"], number))[1]
+            for number, (name, condition) in enumerate(self.conditions.items())
+        }
         inputs[self.similarity.name] = codes.similarity_bucket(x, batch["text_embedding"], extra)
         if self.nulls:
             how = {"conditions": self._every, "rate": self.condition_dropout, "nulls": self.nulls}
@@ -277,7 +280,10 @@ class CodePrior:
         buckets = codec.similarity_edges.shape[0] + 1
         lowest = min(round(buckets * self.percentile / 100), buckets - 1)
         draw = jax.vmap(lambda key: jax.random.randint(key, (), lowest, buckets))
-        inputs = {name: c.in_sampling(given[name], keys, params) for name, c in self.conditions.items()}
+        inputs = {
+            name: condition.in_sampling(given[name], base.fold_in(keys, -2 - number), params)
+            for number, (name, condition) in enumerate(self.conditions.items())
+        }
         inputs[self.similarity.name] = draw(base.fold_in(keys, -1))  # a number that no code has
         example = jnp.zeros((len(keys), codec.directions.shape[1]))
 
@@ -392,9 +398,10 @@ def _build(shape, clip, net, conditions, fields, condition_dropout, guidance, te
         nulls={key: c.null({}) for key, c in every.items() if drops and c.can_drop},
     )
     for part in guidance.values():
+        if part.scale is None or part.sections:
+            raise ValueError(f"guidance of a code prior can be 'classifier_free' alone, got {[*guidance]}")
         part.check(model)
-        if part.scale is None:
-            raise ValueError("guidance of a code prior can be 'classifier_free' alone")
+    scale_of(guidance)
     return best_of(model, candidates)
 
 

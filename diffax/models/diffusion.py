@@ -270,10 +270,14 @@ class DiffusionModel:
             name: condition.in_sampling(given[name], base.fold_in(keys, -2 - number), params)
             for number, (name, condition) in enumerate(self.given.items())
         }
+        size = (len(keys), *self._size(given))
         if start is not None and start.known is not None:
-            for name, condition in self.conditions.items():
-                if hasattr(condition, "of_start"):
-                    inputs[name] = condition.of_start(start.image, start.known)
+            edited = start.image, start.known
+        else:
+            edited = None if size[1:] == self.shape else (jnp.zeros(size), jnp.zeros((*size[:-1], 1)))
+        for name, condition in self.conditions.items():
+            if edited is not None and hasattr(condition, "of_start"):
+                inputs[name] = condition.of_start(*edited)
         nulls = {name: self.conditions[name].null(params) for name in self.nulls}
         once = {name: inputs[name] for name, c in self.conditions.items() if c.encoded_once}
         if not once:
@@ -351,7 +355,7 @@ class DiffusionModel:
     def bits_per_dim(self, params: Params, image: Array, keys: Array, given: Mapping[str, Any]) -> losses.BitsPerDim:
         """The variational bound of pictures along the sampling steps (DDPM, section 4; Improved DDPM, section 3).
 
-        The bound is the model's own: guidance that has a scale is left out.
+        The bound is the model's own: guidance that has a scale, or that needs other sections, is left out.
 
         Args:
           params: of the model.
@@ -365,7 +369,9 @@ class DiffusionModel:
             for number, (name, condition) in enumerate(self.conditions.items())
         }
         noise = samplers.picture_noise(keys, self.shape)
-        return losses.bits_per_dim(self.guided_denoiser(own), image, noise, self.steps, **inputs)
+        parts = {name: part for name, part in self.guidance.items() if not part.sections}
+        alone = dataclasses.replace(self, guidance=parts)
+        return losses.bits_per_dim(alone.guided_denoiser(own), image, noise, self.steps, **inputs)
 
     def residual(self, params: Params, batch: Mapping[str, Any], keys: Array, u: np.ndarray) -> Array:
         """[B, G], whose mean over B is Var[x | z_t] at G noise levels u: E[x^2] - E[f^2] where f is the estimate of x.
@@ -373,7 +379,7 @@ class DiffusionModel:
         Means over dimensions (Analytic-DPM, Bao et al. 2022, in terms of x).
         """
         x = self.target.to_x(batch[self.target.key])
-        _, inputs = self._conditions_in_training(batch, x, keys)
+        x, inputs = self._conditions_in_training(batch, x, keys)
 
         def at(numbered: tuple[Array, Array]) -> Array:
             number, u = numbered

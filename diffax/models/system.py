@@ -1,6 +1,7 @@
 """A config made real: the models of its sections, each built once, and how they follow on each other."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,8 +52,16 @@ class System:
         return self._built[name]
 
     def _number(self, name: str) -> int:
-        stages = self.config["stages"]
-        return list(stages).index(name) if name in stages else 0
+        """The place of a section among the stages that are sampled, whose factories take such a number."""
+        numbered = [stage for stage in self.config["stages"] if self._takes_number(stage)]
+        return numbered.index(name) if name in numbered else 0
+
+    def _takes_number(self, name: str) -> bool:
+        section = self.config.get(name)
+        if not section:
+            return False
+        kind = components.find("model", section.get("name", ""), f"config.{name}.name")
+        return "number" in inspect.signature(kind).parameters
 
     @functools.cached_property
     def stages(self) -> list[Any]:
@@ -97,14 +106,14 @@ def _check_follows(before: Any, model: Any) -> None:
         )
     if tuple(condition.small) != tuple(before.shape):
         raise UserError(
-            f"{path}.conditions.{before.output}.factor {condition.factor} takes pictures of {tuple(condition.small)} to "
-            f"{tuple(model.shape)}, but config.{before.name}.shape is {tuple(before.shape)}"
+            f"{path}.conditions.{before.output}.factor {condition.factor} takes pictures of {tuple(condition.small)} "
+            f"to {tuple(model.shape)}, but config.{before.name}.shape is {tuple(before.shape)}"
         )
     if condition.stops_before is None:
         return
     from diffax.models.cascade import stop_of
 
     try:
-        before.until(stop_of(before, [model]))
+        before.until(stop_of(before, model))
     except ValueError as error:
         raise UserError(f"{path}.conditions.{before.output}.level: {error}") from None

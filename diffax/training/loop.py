@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import signal
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -136,7 +137,13 @@ def _settings(train: Mapping | types.SimpleNamespace, path: str) -> tuple[types.
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While active, SIGTERM and SIGINT only set a flag; a second one ends the process at once."""
+    """While active, SIGTERM and SIGINT only set a flag; a second one ends the process at once.
+
+    Only the main thread can handle signals; in another one they do what they did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     received: list[int] = []
 
     def handler(number, frame):
@@ -308,7 +315,7 @@ def _started(
 def _steps(
     run: Run, state: TrainState, first: int, batches: Callable, metrics: _Metrics
 ) -> Iterator[tuple[int, TrainState]]:
-    """(number, state) after each step; the state is given up when the next one is asked for."""
+    """(number, state) after each step; the next step donates the state."""
     if first >= run.settings.num_train_steps:
         return
     stream = parallel.prefetch(run.where, batches(first))

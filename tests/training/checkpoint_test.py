@@ -151,7 +151,7 @@ def test_ema_defaults_to_the_longest_and_names_what_is_there(tmp_path):
         checkpoints.save(1, {"params": w}, ema={}, meta={})
         with pytest.raises(UserError, match="checkpoint has no EMA;"):
             checkpoints.restore_ema()
-        with pytest.raises(UserError, match="checkpoint has no EMA, config asks for one"):
+        with pytest.raises(UserError, match="checkpoint has no EMA, config builds one"):
             checkpoints.restore(target_of({"params": w}, {EMA: w}))
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import signal
+import threading
 
 import chex
 import jax
@@ -47,15 +48,15 @@ def test_fsdp_shards_the_parameters():
 
 
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])
-@pytest.mark.parametrize("cut", [1, 5, 11])
-def test_a_cut_run_ends_bit_equal(tmp_path, mode, cut):
+@pytest.mark.parametrize("end", [1, 5, 11])
+def test_an_interrupted_run_ends_bit_equal(tmp_path, mode, end):
     whole, parts = make(mode), make(mode, save_every=1, keep=100)
     fit(whole, tmp_path / "whole")
 
     def until(first):
-        """Batches that end after `cut` steps, as if the machine had died."""
+        """Batches that end after `end` steps, as if the machine had died."""
         for k, batch in zip(itertools.count(first), batches(first), strict=False):
-            if k > cut:  # asked for while step `cut` runs: batches are moved ahead of their use
+            if k > end:  # reached while step `end` runs: batches are moved ahead of their use
                 raise KeyboardInterrupt
             yield batch
 
@@ -120,12 +121,12 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
                 os.kill(os.getpid(), number)
             yield batch
 
-    whole, cut = make(), make()
+    whole, stopped = make(), make()
     fit(whole, tmp_path / "whole")
     with pytest.raises(loop.Preempted, match="preempted at step .: saved; rerun the same command"):
-        fit(cut, tmp_path / "cut", batches=interrupting)
-    fit(cut, tmp_path / "cut")
-    chex.assert_trees_all_equal(final_state(whole, tmp_path / "whole"), final_state(cut, tmp_path / "cut"))
+        fit(stopped, tmp_path / "stopped", batches=interrupting)
+    fit(stopped, tmp_path / "stopped")
+    chex.assert_trees_all_equal(final_state(whole, tmp_path / "whole"), final_state(stopped, tmp_path / "stopped"))
 
 
 def test_another_config_is_refused_and_nothing_is_lost(tmp_path):
@@ -210,3 +211,19 @@ def test_a_run_starts_from_other_parameters(tmp_path):
     np.testing.assert_allclose(params["w"], start["w"], atol=0.01)
     with pytest.raises(UserError, match="the parameters to start from are of another network"):
         fit(make(), tmp_path / "other", start_from=lambda: {"w": start["w"]})
+
+
+def test_signals_are_left_alone_outside_the_main_thread(tmp_path):
+    """As of a server or a notebook's worker, where Python lets nobody handle them."""
+    failures = []
+
+    def work():
+        try:
+            fit(make(num_train_steps=2), tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures and (tmp_path / "metrics.jsonl").exists()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffax.training import checkpoints, loop, parallel, processes
+from diffax.training import checkpoints, loop, processes
 from tests.training.regression import batches, make
 
 
@@ -77,11 +77,11 @@ def test_a_process_that_fails_leaves_nobody_waiting():
 
 
 def test_who_is_done_waits_for_those_who_sample(monkeypatch):
-    told = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: told.append(options))
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.append(options))
     processes.start("auto")
     processes.start("localhost:1", 2, 1)
-    assert [options["shutdown_timeout_seconds"] >= 86400 for options in told] == [True, True]
+    assert [options["shutdown_timeout_seconds"] >= 86400 for options in given] == [True, True]
 
 
 def test_who_is_alone_leaves_as_usual():
@@ -103,7 +103,7 @@ print(seen, flush=True)
 """
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", ["fsdp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pmap", "jit"))])
 def test_two_processes_train_what_one_trains(tmp_path, mode):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     port = str(free_port())
