@@ -152,11 +152,11 @@ class Field:
         """The value of the field where a config says nothing."""
         nested = self.nested
         if isinstance(nested, Of):
-            return spec(nested.kind, nested.default) if nested.default else ConfigDict(type_safe=False)
+            return spec(nested.kind, nested.default) if nested.default else Fields()
         if isinstance(nested, Each):
-            return _loose({name: spec(nested.kind, name) for name in nested.default})
+            return Fields({name: spec(nested.kind, name) for name in nested.default})
         if isinstance(nested, Group):
-            return _loose(defaults(nested.fields))
+            return Fields(defaults(nested.fields))
         return self.default
 
     def accepts(self, value: Any) -> bool:
@@ -171,9 +171,22 @@ class Field:
         return all(math.isfinite(n) and (bounds is None or n in bounds) for n in numbers)
 
 
-def _loose(values: Mapping[str, Any]) -> ConfigDict:
-    """A ConfigDict that leaves types to the schema."""
-    return ConfigDict(dict(values), type_safe=False, convert_dict=False)
+class Fields(ConfigDict):
+    """A `ConfigDict` that keeps the order of its fields, and leaves their types to the schema."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None):
+        super().__init__(type_safe=False, convert_dict=False, sort_keys=False)
+        for name, value in (values or {}).items():
+            self[name] = value
+
+    def update(self, *others: Mapping[str, Any], **fields: Any) -> None:
+        """Sets fields; of a field that is a group itself those that are given, while a component is replaced."""
+        for name, value in [item for other in (*others, fields) for item in other.items()]:
+            old = self.get(name)
+            if isinstance(old, ConfigDict) and isinstance(value, Mapping | ConfigDict) and "name" not in value:
+                old.update(value)
+            else:
+                self[name] = value
 
 
 # ---- finding components ---------------------------------------------------------------------------------------------
@@ -283,9 +296,8 @@ def schema(factory: Callable | str) -> dict[str, Field]:
     hints |= typing.get_type_hints(target, include_extras=True)
     docs, fields = _argument_docs(factory), {}
     for name, parameter in parameters.items():
-        if name in ("self", "parent") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if name == "name" and inspect.isclass(factory):  # of a Flax module
+        of_flax = "parent" in parameters and name in ("parent", "name")  # every Flax module has these two
+        if of_flax or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         hint, marks = hints.get(name, Any), ()
         if typing.get_origin(hint) is typing.Annotated:
@@ -314,12 +326,35 @@ def spec(kind: str, name: str, /, **fields: Any) -> ConfigDict:
       UserError: there is no such component or field.
     """
     factory = find(kind, name, f"{kind}")
-    section = _loose({"name": name, **defaults(factory)})
+    section = Fields({"name": name, **defaults(factory)})
     for field, value in fields.items():
         if field not in section:
             raise _unknown(f"{kind} {name}", field, schema(factory))
         section[field] = value
     return section
+
+
+def each(kind: str, /, *names: str, **named: str | ConfigDict) -> ConfigDict:
+    """Components of one kind by name, in this order: what a field holds that is marked `Each`.
+
+        stage.conditions = each("condition", "label", "low_res")
+        stage.guidance = each("guidance", "clip_denoised", mine=spec("guidance", "my_lab:sharper", amount=0.2))
+
+    Args:
+      kind: such as 'condition'.
+      *names: components that go by their own names; of an import path that is its last part.
+      **named: a section, or the name of a component, under a name of the config's own.
+
+    Raises:
+      UserError: there is no such component.
+    """
+    found = {key_of(name): spec(kind, name) for name in names}
+    return Fields(found | {key: spec(kind, its) if isinstance(its, str) else its for key, its in named.items()})
+
+
+def key_of(name: str) -> str:
+    """What a component is called among others of its kind: its name, or the last part of its import path."""
+    return re.split("[:.]", name)[-1]
 
 
 def _argument_docs(factory: Callable) -> dict[str, str]:
@@ -630,7 +665,12 @@ def _named(kind: str, section: ConfigDict, name: str, path: str) -> ConfigDict:
 def _override_each(nested: Each, section: ConfigDict, names: list[str], text: str, path: str) -> None:
     if not names:
         wanted = [part.strip() for part in text.split(",") if part.strip() and text.strip().lower() != "none"]
-        kept = {name: section[name] if name in section else _named(nested.kind, {}, name, path) for name in wanted}
+        kept = {
+            key_of(name): section[name]
+            if name in section
+            else _named(nested.kind, section.get(key_of(name), {}), name, path)
+            for name in wanted
+        }
         for name in list(section):
             del section[name]
         for name, its in kept.items():
@@ -678,13 +718,13 @@ def complete(fields: Mapping[str, Field], data: Mapping[str, Any], path: str) ->
                 for its_path, its, nested in sections(field, value, here)
             }
             if isinstance(field.nested, Each):
-                value = _loose({its_path.rpartition(".")[2]: its for its_path, its in found.items()})
+                value = Fields({its_path.rpartition(".")[2]: its for its_path, its in found.items()})
             else:
                 value = found[here]
         elif not field.accepts(value):
             raise refusal(here, field, value)
         section[name] = value
-    return _loose(section)
+    return Fields(section)
 
 
 def tuples(value: Any) -> Any:
@@ -713,6 +753,8 @@ def identity(fields: Mapping[str, Field], section: Mapping[str, Any], *, trainin
         if not field.nested:
             found[name] = section[name]
             continue
+        if isinstance(field.nested, Each):
+            found[name] = list(section[name])  # sequences and planes are concatenated in this order
         for path, its, nested in sections(field, section[name], name):
             below = identity(fields_of(nested, its, path), its, training=training)
             found |= {f"{path}.{key}": value for key, value in below.items()}

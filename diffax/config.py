@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 from ml_collections import ConfigDict
 
 from diffax import components
-from diffax.components import RUNTIME, TRAINING, Field, Group, In, Length, Of, closest, shown, spec
+from diffax.components import RUNTIME, TRAINING, Field, Fields, Group, In, Length, Of, closest, each, shown, spec
 from diffax.errors import UserError
 
 __all__ = [
     "add_section",
     "check",
+    "each",
     "from_dict",
     "identity",
     "load",
@@ -97,7 +98,7 @@ def new(name: str, stages: Sequence[str] = ("base",), model: str = "diffusion") 
 
     More sections are added by `add_section(config, 'up')`, and named in `config.stages` if they are stages.
     """
-    config = ConfigDict({}, type_safe=False)
+    config = Fields()
     for field, value in components.defaults(top).items():
         config[field] = value
     config.name, config.stages = name, tuple(stages)
@@ -125,7 +126,7 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
       UserError: no such config, variant or field, or a value of the wrong type.
     """
     text, _, variant = os.fspath(path_or_name).partition(":")
-    module = _import(_find(text))
+    module = _import(find(text))
     if not hasattr(module, "get_config"):
         raise UserError(f"{text} has no function get_config(variant); it is not a config file")
     split_variant(variant, getattr(module, "VARIANTS", {}))
@@ -136,8 +137,8 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the config fails with {type(error).__name__}: {reason}; {shown(os.fspath(path_or_name))}; correct the file "
-            "(--help=KIND lists the fields of components)"
+            f"the config fails with {type(error).__name__}: {reason}; {shown(os.fspath(path_or_name))}; correct the "
+            "file (--help=KIND lists the fields of components)"
         ) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config returned {type(config).__name__}; {text}; return a ConfigDict")
@@ -231,11 +232,12 @@ def available() -> dict[str, tuple[str, dict[str, str]]]:
 
 
 def _folder() -> Path:
-    """Where diffax.configs is installed, or configs/ beside the package in a bare checkout."""
+    """configs/ beside the package in a checkout, or where diffax.configs is installed."""
+    beside = Path(__file__).parent.parent / "configs"
+    if (beside / "quickstart.py").is_file():
+        return beside
     found = importlib.util.find_spec("diffax.configs")
-    if found is not None and found.submodule_search_locations:
-        return Path(list(found.submodule_search_locations)[0])
-    return Path(__file__).parent.parent / "configs"
+    return Path(list(found.submodule_search_locations)[0]) if found else beside
 
 
 def _names() -> list[str]:
@@ -245,7 +247,13 @@ def _names() -> list[str]:
     )
 
 
-def _find(text: str) -> Path:
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """The file of a config, given as for `load`; nothing is read.
+
+    Raises:
+      UserError: there is no such file and no config of that name.
+    """
+    text = os.fspath(path_or_name).partition(":")[0]
     try:
         path = Path(text).expanduser()
         is_file = path.suffix == ".py" and path.is_file()
@@ -263,7 +271,7 @@ def _find(text: str) -> Path:
 
 
 def _import(path: Path) -> ModuleType:
-    if importlib.util.find_spec("diffax.configs") is None:  # a bare checkout
+    if "diffax.configs" not in sys.modules:  # a checkout need not be installed
         package = importlib.util.spec_from_file_location(
             "diffax.configs", _folder() / "__init__.py", submodule_search_locations=[str(_folder())]
         )
@@ -322,7 +330,14 @@ def check(config: Mapping[str, Any], *, device_count: int = 1, process_count: in
     system = System(config)
     system.check()
     for name in system.trained:
+        components.build(config[name]["data"], "data", path=f"config.{name}.data")
         _check_train(config[name]["train"], f"config.{name}.train", device_count, process_count)
+        embeddings = config[name]["loader"]["embeddings"]
+        if embeddings and not system.model(name).frozen:
+            raise UserError(
+                f"config.{name}.loader.embeddings is {shown(embeddings)}, but config.{name} reads no embedding; leave "
+                "it empty"
+            )
     _check_scores(config, system)
 
 
@@ -360,28 +375,36 @@ def _check_scores(config: Mapping[str, Any], system: Any) -> None:
     score, generators = config["eval"], system.generators
     if score["guidance"] and not any(model.scale is not None for model in generators):
         raise UserError(
-            f"config.eval.guidance is {score['guidance']}, but no stage has guidance with a scale; leave it empty, or add "
-            "'classifier_free', 'classifier' or 'clip' to a stage's guidance"
+            f"config.eval.guidance is {score['guidance']}, but no stage has guidance with a scale; leave it empty, or "
+            "add 'classifier_free', 'classifier' or 'clip' to a stage's guidance"
         )
     if score["template"].count("{}") != 1:
         raise UserError(
-            f"config.eval.template must be a text with one {{}} for the name of the class, got {shown(score['template'])}"
+            "config.eval.template must be a text with one {} for the name of the class, got "
+            f"{shown(score['template'])}"
         )
     levels = [c for model in generators for c in model.conditions.values() if getattr(c, "noise", 0)]
     if score["levels"] and not levels:
         raise UserError(
-            f"config.eval.levels is {score['levels']}, but no stage has a noised smaller picture; leave it empty, or set "
-            "conditions.low_res.noise of a stage"
+            f"config.eval.levels is {score['levels']}, but no stage has a noised smaller picture; leave it empty, or "
+            "set conditions.low_res.noise of a stage"
         )
     if score["bpd_num"] and generators and generators[-1].frozen:
         raise UserError(
-            f"config.eval.bpd_num must be 0, as config.{generators[-1].name} has a CLIP's embeddings for a condition, got "
-            f"{score['bpd_num']}"
+            f"config.eval.bpd_num must be 0, as config.{generators[-1].name} has a CLIP's embeddings for a condition, "
+            f"got {score['bpd_num']}"
+        )
+    if config["sample"]["save"] and any(c.stops_before for model in generators for c in model.conditions.values()):
+        raise UserError(
+            "config.sample.save keeps clean pictures, but conditions.low_res.truncated of a stage leaves noise on "
+            "those of the stage before; set one of them to false"
         )
     if config["sample"]["prompts"] and not any(
         c.argument == "prompt" for model in generators for c in model.given.values()
     ):
         raise UserError("config.sample.prompts is set, but no stage reads a caption; leave it empty")
+    for name in score["samplers"]:
+        components.find("sampler", name, "config.eval.samplers")
     for choice in score["steps"]:
         _check_grid(generators, choice)
 
@@ -411,7 +434,7 @@ def from_dict(data: Mapping[str, Any]) -> ConfigDict:
       UserError: a field is unknown or of the wrong type.
     """
     fields = components.schema(top)
-    config = ConfigDict({}, type_safe=False)
+    config = Fields()
     for name, value in components.complete(fields, {k: v for k, v in data.items() if k in fields}, "config").items():
         config[name] = value
     for name in sections(data):
@@ -432,3 +455,29 @@ def identity(config: Mapping[str, Any], name: str, *, training: bool = False) ->
     """
     found = components.identity(section_fields(config, name), config[name], training=training)
     return {f"config.{name}.{field}": value for field, value in found.items()}
+
+
+# ---- from Python ----------------------------------------------------------------------------------------------------
+
+
+class _Callable(ModuleType):
+    """A module that can be called: `diffax.config(...)` is `load`, and `diffax.config.load` stays where it is."""
+
+    def __call__(self, path_or_name: str | os.PathLike[str], *overrides: str) -> ConfigDict:
+        """Reads a config: `diffax.config("cascade_64:tiny", "base.train.num_train_steps=20")`.
+
+        Args:
+          path_or_name: see `load`.
+          *overrides: fields, with or without `config.` in front.
+
+        Returns:
+          The config; `diffax.train` checks it.
+
+        Raises:
+          UserError: see `load`.
+        """
+        whole = [text.removeprefix("--") for text in overrides]
+        return load(path_or_name, [text if text.startswith("config.") else f"config.{text}" for text in whole])
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -20,7 +20,7 @@ from diffax.weights import __main__ as command
 from diffax.weights import diffusers, files, glide, openai, published
 from diffax.weights.table import torch_shapes
 from tests.parity import golden
-from tests.torch_files import state_dict
+from tests.weights.torch_files import state_dict
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 MANIFEST = FOLDER / "manifest_full_size.json"

@@ -15,7 +15,7 @@ from diffax.conditions.text import as_texts
 from diffax.data import images
 from diffax.errors import UserError
 from diffax.models import cascade
-from diffax.models.base import Generator, Sampling, Start
+from diffax.models.base import Generator, Sampling, Start, clip_of
 from diffax.training import parallel, reporting
 
 Params = Any
@@ -96,11 +96,10 @@ class SampleFn:
         Raises:
           UserError: there is none.
         """
-        for model in self.models:
-            for part in (*model.conditions.values(), model.target):
-                if getattr(part, "clip", None) is not None:
-                    return part.clip
-        raise UserError("no stage has a CLIP's embeddings; sample_fn; load a model with a CLIP")
+        found = next((clip for clip in map(clip_of, self.models) if clip is not None), None)
+        if found is None:
+            raise UserError("no stage has a CLIP's embeddings; sample_fn; load a model with a CLIP")
+        return found
 
     # ---- sampling
 
@@ -351,11 +350,10 @@ class SampleFn:
 
     def _check_size(self, given: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises UserError if a picture that is given is of a size that the networks cannot halve often enough."""
-        factor, unit = 1, 1
-        of_first = given[self.models[0].name].values()
-        small = next((v["image"] for v in of_first if isinstance(v, Mapping) and "image" in v), None)
-        if small is None:
+        if not self.enlarges:
             return
+        factor, unit = 1, 1
+        small = given[self.models[0].name][self.arguments["image"].name]["image"]
         for model in self.models:
             condition = model.conditions["low_res"]
             deepest = 2 ** (len(getattr(model.net.net, "channel_mult", (1,))) - 1)

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import signal
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,16 +19,12 @@ import numpy as np
 
 from diffax import components
 from diffax.data import plots
-from diffax.errors import RunError, UserError
+from diffax.errors import Preempted, RunError, UserError
 from diffax.training import checkpoints, optimizer, parallel, processes, reporting, settings
 from diffax.training.step import Params, Trainable, TrainState, init_state, train_step
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 OnSample = Callable[[Params, int], None]
-
-
-class Preempted(Exception):
-    """A signal stopped the run, and its state is saved. Exit status 75: the same command continues it."""
 
 
 class Run:
@@ -136,7 +133,13 @@ def _settings(train: Mapping | types.SimpleNamespace, path: str) -> tuple[types.
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While active, SIGTERM and SIGINT only set a flag; a second one ends the process at once."""
+    """While active, SIGTERM and SIGINT only set a flag; a second one ends the process at once.
+
+    Only the main thread can handle signals; in another one they do what they did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     received: list[int] = []
 
     def handler(number, frame):
@@ -308,7 +311,7 @@ def _started(
 def _steps(
     run: Run, state: TrainState, first: int, batches: Callable, metrics: _Metrics
 ) -> Iterator[tuple[int, TrainState]]:
-    """(number, state) after each step; the state is given up when the next one is asked for."""
+    """(number, state) after each step; the next step donates the state."""
     if first >= run.settings.num_train_steps:
         return
     stream = parallel.prefetch(run.where, batches(first))

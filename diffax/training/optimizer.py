@@ -78,7 +78,6 @@ def learning_rate(peak: float, *, warmup_steps: int, anneal: str, num_train_step
       anneal: 'none', 'linear' or 'cosine'.
       num_train_steps: when annealing ends.
     """
-
     left = _ANNEALED[anneal]
 
     def schedule(count):

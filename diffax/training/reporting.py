@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, one line of progress, TensorBoard (leaf)."""
+"""Reports of a run: metrics.jsonl, one line of progress, TensorBoard."""
 
 import collections
 import datetime
@@ -35,30 +35,30 @@ def duration(seconds: float) -> str:
 
 
 def progress_bar(items: Iterable, what: str) -> Iterable:
-    """Yields `items`, showing how far it is and how long it will take; silent where stderr is no terminal."""
+    """Yields `items` and shows the progress and the time left; silent where stderr is no terminal."""
     return tqdm(items, desc=what, unit="batch", leave=False, disable=None)
 
 
 class Reporter:
-    """Writes the metrics of one stage and shows its progress; only the primary process does either.
+    """Writes the metrics of one run and shows its progress; only the primary process does either.
 
     Args:
-        workdir_stage: folder of the stage; its name stands at the head of progress lines.
-        total_steps: number of steps in the whole run.
-        start_step: step the run resumes from; later rows of an older run are removed.
-        primary: False makes every call do nothing.
-        tensorboard: also write TensorBoard event files to `workdir_stage/tensorboard`.
-        stream: receives progress; a terminal sees one line redrawn, else a line every 10 s.
-        clock: seconds that only grow; for tests.
+      workdir: the model's own folder; progress lines begin with its name.
+      total_steps: number of steps in the whole run.
+      start_step: step that the run resumes from; later rows of an older run are removed.
+      primary: False makes every call do nothing.
+      tensorboard: also write TensorBoard event files to `workdir/tensorboard`.
+      stream: receives progress; a terminal sees one line redrawn, else a line every 10 s.
+      clock: seconds that only grow; for tests.
 
     Raises:
-        UserError: TensorBoard is asked for and tensorboardX is not installed.
-        RunError: the metrics file cannot be written.
+      UserError: `tensorboard` is set and tensorboardX is not installed.
+      RunError: the metrics file cannot be written.
     """
 
     def __init__(
         self,
-        workdir_stage: str | os.PathLike[str],
+        workdir: str | os.PathLike[str],
         *,
         total_steps: int,
         start_step: int,
@@ -67,7 +67,7 @@ class Reporter:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._directory = pathlib.Path(workdir_stage)
+        self._directory = pathlib.Path(workdir)
         self._total = total_steps
         self._primary = primary
         self._stream = sys.stderr if stream is None else stream
@@ -94,7 +94,7 @@ class Reporter:
             import tensorboardX
         except ImportError:
             raise UserError(
-                "TensorBoard is asked for and tensorboardX is not installed; tensorboard; pip install diffax[log]"
+                "tensorboardX is not installed, which writes TensorBoard events; tensorboard; pip install diffax[log]"
             ) from None
         return tensorboardX.SummaryWriter(str(self._directory / "tensorboard"), purge_step=start_step + 1)
 
@@ -108,11 +108,11 @@ class Reporter:
         """Appends one row; NaN and infinities become null, their keys stay.
 
         Args:
-            step: above that of the row before.
-            metrics: name -> number; 0-d arrays are read from the device here.
+          step: above that of the row before.
+          metrics: name -> number; 0-d arrays are read from the device here.
 
         Raises:
-            RunError: the disk is full.
+          RunError: the disk is full.
         """
         if not self._primary:
             return
@@ -138,9 +138,9 @@ class Reporter:
         training wait. The speed leaves out the first call, whose step compiled.
 
         Args:
-            step: number of steps done.
-            loss: the newest known loss; None leaves it out.
-            **values: further numbers to show by name.
+          step: number of steps done.
+          loss: the newest known loss; None leaves it out.
+          **values: further numbers to show by name.
         """
         if not self._primary:
             return
@@ -170,7 +170,7 @@ class Reporter:
         if not self._tty:
             print(line, file=self._stream, flush=True)
             return
-        # Blanks cover what a longer line before left behind.
+        # Blanks cover the rest of a longer line before.
         self._stream.write("\r" + line.ljust(len(self._open_line)))
         self._stream.flush()
         self._open_line = line
@@ -197,10 +197,10 @@ class Reporter:
 
 
 def append_row(path: str | os.PathLike[str], step: int, values: Mapping[str, Any]) -> None:
-    """Adds a row to a file like metrics.jsonl; rows of this step and later ones, left by an older run, go.
+    """Adds a row to a file like metrics.jsonl, and removes rows of this step and later ones that an older run left.
 
     Raises:
-        RunError: it cannot be written.
+      RunError: it cannot be written.
     """
     path = pathlib.Path(path)
     try:
@@ -215,10 +215,10 @@ def append_row(path: str | os.PathLike[str], step: int, values: Mapping[str, Any
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; null stands for a value that was not finite.
 
-    A torn last line, left by a killed run, is passed over.
+    An incomplete last line, left by a killed run, is skipped.
 
     Raises:
-        UserError: there is no such file, or another line is damaged.
+      UserError: there is no such file, or another line is damaged.
     """
     path = pathlib.Path(path)
     rows = _parse(path)
@@ -244,7 +244,7 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any] | None]:
 
 
 def _truncate(path: pathlib.Path, start_step: int) -> None:
-    """Leaves the rows up to `start_step`: those after it will be written again."""
+    """Keeps the rows up to `start_step`; those after it will be written again."""
     if not path.exists():
         return
     kept: list[dict[str, Any]] = []

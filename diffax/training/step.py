@@ -170,7 +170,9 @@ def mean_gradient(
       batch: this device's examples, [n, ...].
       extra: what else the model keeps.
       key: of this step.
-      model, accumulate, sam: see `train_step`.
+      model: see `train_step`.
+      accumulate: see `train_step`.
+      sam: see `train_step`.
       axis_name: the axis to average over.
 
     Returns:

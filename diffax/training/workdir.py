@@ -17,7 +17,7 @@ import numpy as np
 from diffax import config as configs
 from diffax.data import images
 from diffax.errors import UserError
-from diffax.training import parallel
+from diffax.training import processes
 from diffax.training.checkpoints import Checkpoints, config_difference
 
 Params = Any
@@ -209,5 +209,5 @@ def statistics_step(folder: pathlib.Path) -> int | None:
 
 def write_statistics(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], step: int = 0) -> None:
     """Writes arrays that were measured on the data; of several processes the first one does."""
-    if parallel.process_index() == 0:
+    if processes.process_index() == 0:
         images.write_atomically(folder / STATISTICS, lambda file: np.savez(file, **arrays, step=np.int64(step)))

@@ -5,14 +5,16 @@ transformers' `CLIPTextModelWithProjection` and `CLIPVisionModelWithProjection`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
-from diffax.networks.clip import CLIP, ImageEncoder, TextEncoder
-from diffax.weights.architecture import Architecture, refuse
-from diffax.weights.diffusers import _qkv_bias, _qkv_kernel
+from diffax import config as configs
+from diffax.components import spec
+from diffax.weights.architecture import IDS, Architecture, refuse
+from diffax.weights.diffusers import split_qkv_bias, split_qkv_kernel
 from diffax.weights.openai import plain, qkv_bias, qkv_kernel
 from diffax.weights.table import SAME, Entry, Layout, Path, Table, make_table, param_shapes, to_flax
 
@@ -133,14 +135,14 @@ GLIDE_FILES = {"image": "clip_image_enc.pt", "text": "clip_text_enc.pt"}
 BUFFERS = ("input_resolution", "context_length", "vocab_size", r"\w+\.embeddings\.position_ids")
 
 
-def table(network: CLIP | ImageEncoder | TextEncoder, names: str) -> Table:
+def table(network: nn.Module, names: str) -> Table:
     """The map between published parameters and those of `network`.
 
     GLIDE's layers have no bias on the keys, which adds the same to all logits of a query and so changes nothing. It
     starts as zero here, and `to_torch` leaves it out.
 
     Args:
-      network: a whole CLIP (see `diffax.networks.clip.build`), or its `image` or `text` alone.
+      network: a whole CLIP (see `diffax.networks.clip`), or its `image` or `text` alone.
       names: 'openai', 'transformers' or 'glide'.
 
     Raises:
@@ -148,21 +150,20 @@ def table(network: CLIP | ImageEncoder | TextEncoder, names: str) -> Table:
     """
     if names not in NAMES:
         raise ValueError(f"names {names!r} are unknown; use one of {', '.join(map(repr, NAMES))}")
-    if names == "glide" and isinstance(network, CLIP):
+    whole = hasattr(network, "image")
+    if names == "glide" and whole:
         raise ValueError("GLIDE's encoders have one file each; make a table of network.image and one of network.text")
-    image = network.image if isinstance(network, CLIP) else network
-    if names != "glide" and isinstance(image, ImageEncoder) and image.times:
+    image = network.image if whole else network
+    if names != "glide" and getattr(image, "times", 0):
         raise ValueError(f"{names!r} has no names for an encoder of noisy images; set times to 0 or use 'glide'")
-    chosen = NAMES[names]
+    chosen, tower = NAMES[names], "image" if hasattr(network, "patch") else "text"
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
         if path == ("logit_scale",):
             return ["logit_scale"], SAME
-        if isinstance(network, CLIP):
-            return _rename(chosen, *path, shape=shape)
-        return _rename(chosen, "image" if isinstance(network, ImageEncoder) else "text", *path, shape=shape)
+        return _rename(chosen, *(path if whole else (tower, *path)), shape=shape)
 
-    return make_table(param_shapes(network, *network.example()), rename)
+    return make_table(param_shapes(lambda key: network.init(key, *network.example())["params"]), rename)
 
 
 def _rename(names: Names, tower: str, top: str, *inner: str, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
@@ -182,10 +183,10 @@ def _rename(names: Names, tower: str, top: str, *inner: str, shape: tuple[int, .
         return [block + names.qkv[0] + names.leaf[leaf].removeprefix(".")], layout
     keys = [block + name + names.leaf[leaf] for name in names.qkv]
     if leaf == "kernel":
-        return keys, _qkv_kernel(shape)
+        return keys, split_qkv_kernel(shape)
     if names is NAMES["glide"]:
         return keys[::2], _without_key_bias(shape)
-    return keys, _qkv_bias(shape)
+    return keys, split_qkv_bias(shape)
 
 
 def _without_key_bias(shape: tuple[int, ...]) -> Layout:
@@ -202,42 +203,47 @@ def without_buffers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state_dict.items() if not pattern.fullmatch(key)}
 
 
-def file_table(network: CLIP, shape: Sequence[int], *, names: str, tower: str = "") -> Table:
+def file_table(model: Any, *, names: str, tower: str = "") -> Table:
     """The map between a file and the parameters of a whole CLIP, or of its encoder `tower`.
 
     Args:
-      network: a whole CLIP.
-      shape: (H, W, C) of its images, which the network knows.
+      model: a CLIP.
       names: see `table`; with 'glide' a whole CLIP is both of GLIDE's files in one, see `glide_table`, and the log of
         the scale as 'logit_scale'.
       tower: 'image' or 'text', or '' for both. The file of transformers' text encoder has no scale, which comes with
         it here as 100, that of OpenAI's own.
 
     Raises:
-      ValueError: `network` cannot bear such names.
+      ValueError: the network cannot bear such names.
     """
+    network = model.net
     if tower:
-        entries = [entry._replace(path=(tower, *entry.path)) for entry in table(getattr(network, tower), names)]
+        entries = _tower(network, names, tower)
         return entries + [_scale(100.0)] * (names == "transformers" and tower == "text")
     if names == "glide":
         return [*_glide_towers(network), Entry(("logit_scale",), ((),), ("logit_scale",), (), SAME)]
     return table(network, names)
 
 
-def _glide_towers(network: CLIP) -> Table:
+def _tower(network: nn.Module, names: str, tower: str) -> Table:
+    """The map between the file of one encoder and its parameters in a whole CLIP."""
+    return [entry._replace(path=(tower, *entry.path)) for entry in table(getattr(network, tower), names)]
+
+
+def _glide_towers(network: nn.Module) -> Table:
     """The map between GLIDE's two files, their names led by 'image.' and 'text.', and both encoders."""
     return [
         entry._replace(keys=tuple(f"{tower}.{key}" for key in entry.keys))
         for tower in GLIDE_FILES
-        for entry in file_table(network, (), names="glide", tower=tower)
+        for entry in _tower(network, "glide", tower)
     ]
 
 
-def glide_table(network: CLIP, *, logit_scale: float = 100.0) -> Table:
+def glide_table(network: nn.Module, *, logit_scale: float = 100.0) -> Table:
     """The map between GLIDE's two files, their names led by 'image.' and 'text.', and a noised CLIP's parameters.
 
     Args:
-      network: see `glide_config`.
+      network: a whole CLIP, see `glide_config`.
       logit_scale: what multiplies the cosines (not its log), which is in the config file and in neither of these: 100.
     """
     return [*_glide_towers(network), _scale(logit_scale)]
@@ -254,7 +260,7 @@ def glide_arrays(**files: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_glide(
-    image_enc: Mapping[str, Any], text_enc: Mapping[str, Any], network: CLIP, *, logit_scale: float = 100.0
+    image_enc: Mapping[str, Any], text_enc: Mapping[str, Any], network: nn.Module, *, logit_scale: float = 100.0
 ) -> dict:
     """The parameters of a noised CLIP out of GLIDE's two files.
 
@@ -270,9 +276,29 @@ def from_glide(
     return to_flax(glide_arrays(image=image_enc, text=text_enc), glide_table(network, logit_scale=logit_scale))
 
 
-def _architecture(size: int, *, features: int, activation: str, image: Mapping, text: Mapping) -> Architecture:
-    net = dict(name="clip", features=features, activation=activation, image=dict(image), text=dict(text))
-    return Architecture(net=net, shape=(size, size, 3), takes=(), num_classes=0, out_channels=features)
+def _architecture(
+    size: int, *, features: int, activation: str, image: Mapping, text: Mapping, times: int = 0, ids: str = "clip"
+) -> Architecture:
+    """The architecture of a CLIP.
+
+    Args:
+      size: of the pictures.
+      features: of the embeddings.
+      activation: of both encoders.
+      image: fields of the image encoder.
+      text: fields of the text encoder, and the length of captions.
+      times: steps of the noise schedule; 0: a CLIP of clean pictures.
+      ids: the tokenizer, a component.
+    """
+    text = dict(text)
+    section = configs.section("clip", shape=(size, size, 3), noised=times > 0)
+    section.tokenizer = spec("tokenizer", ids, length=text.pop("length"))
+    section.net.update(features=features, activation=activation)
+    section.net.image.update(image)
+    section.net.text.update(text)
+    if times:
+        section.schedule = spec("schedule", "cosine", num_timesteps=times)
+    return Architecture(section, features)
 
 
 def _pick(model: str, config: Mapping, names: Mapping[str, str]) -> dict[str, Any]:
@@ -299,7 +325,8 @@ def glide_config(config: Mapping) -> Architecture:
     for tower, names in (("image", image), ("text", text)):
         options = _pick("GLIDE's CLIP", config, names | {"head": f"n_head_state_{tower}"})
         towers[tower] = options | {"width": options.pop("head") * options["heads"]}
-    return _architecture(**shared, activation="gelu", **towers)
+    times = towers["image"].pop("times")
+    return _architecture(**shared, activation="gelu", **towers, times=times, ids=IDS)
 
 
 def transformers_config(config: Mapping) -> Architecture:

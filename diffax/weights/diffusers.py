@@ -5,11 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
-from diffax.networks import Network, UNet, example_inputs
-from diffax.weights.architecture import Architecture, refuse
-from diffax.weights.openai import Rename
+from diffax.components import spec
+from diffax.weights.architecture import Architecture, image_model, refuse
+from diffax.weights.openai import Rename, core
 from diffax.weights.table import DENSE, DENSE_2D, SAME, Layout, Path, Table, kernel, make_table, param_shapes
 
 RES_BLOCK = {
@@ -32,29 +33,26 @@ LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "b
 PROJECTIONS = {"qkv": ("to_q", "to_k", "to_v"), "encoder_kv": ("add_k_proj", "add_v_proj")}
 
 
-def table(network: Network, shape: Sequence[int], *, flip_sin_to_cos: bool | None = None) -> Table:
-    """The map between the parameters of `UNet2DModel` and those of `network`.
+def table(model: Any, *, flip_sin_to_cos: bool | None = None) -> Table:
+    """The map between the parameters of `UNet2DModel` and those of a diffusion model.
 
     Args:
-      network: see `diffax.networks.build`.
-      shape: (H, W, C) of its images.
-      flip_sin_to_cos: whether the model's clock has its cosines first. Where the network's own
-        order differs, the rows of the layer that reads the clock are swapped; None: it does not.
+      model: a diffusion model with a U-Net.
+      flip_sin_to_cos: whether the published timestep embedding has its cosines first. Where the network's own order
+        differs, the rows of the layer that reads it are swapped; None: it does not.
 
     Raises:
       ValueError: a network that `UNet2DModel` cannot express.
     """
-    shapes = param_shapes(network, *example_inputs(network, shape))
-    return make_table(shapes, renaming(network, flip_sin_to_cos))
+    return make_table(param_shapes(model.init), renaming(core(model), flip_sin_to_cos))
 
 
-def renaming(network: Network, flip_sin_to_cos: bool | None = None) -> Rename:
+def renaming(net: nn.Module, flip_sin_to_cos: bool | None = None) -> Rename:
     """(path, shape) of a U-Net's parameter -> (diffusers' names, layout); see `table`."""
-    net = network.unet
-    if not isinstance(net, UNet):
+    if not hasattr(net, "attention_up"):
         raise ValueError("diffusers' UNet2DModel is a U-Net, and this network is none")
-    levels = len(net.channel_mult)
     swap = flip_sin_to_cos not in (None, net.sinusoid == "openai")
+    levels = len(net.channel_mult)
 
     def block_key(name: str) -> str:
         """'up_0_attention_1' -> 'up_blocks.3.attentions.1', of four levels."""
@@ -67,13 +65,13 @@ def renaming(network: Network, flip_sin_to_cos: bool | None = None) -> Rename:
         return f"{way}_blocks.{level if way == 'down' else levels - 1 - int(level)}.{child}"
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
-        if path[0] not in ("unet", "label"):
-            raise ValueError(f"diffusers' UNet2DModel has no {'/'.join(path)}; take the conditions that it takes")
+        if path[0] not in ("net", "label"):
+            raise ValueError(f"diffusers' UNet2DModel has no {'/'.join(path)}; use the conditions that it has")
         top, *inner, leaf = path[1:]
         layout = kernel(shape) if leaf == "kernel" else SAME
         if top in TOP:
             if swap and (top, leaf) == ("time_0", "kernel"):
-                layout = _swapped_clock(shape)
+                layout = _swapped_sinusoid(shape)
             return [f"{TOP[top]}.{LEAF[leaf]}"], layout
         block = block_key(top)
         if inner[0] in RES_BLOCK:
@@ -83,7 +81,7 @@ def renaming(network: Network, flip_sin_to_cos: bool | None = None) -> Rename:
             return [f"{block}.conv.{LEAF[leaf]}"], layout
         projection, _, leaf = leaf.rpartition("_")
         if projection:
-            layout = _qkv_kernel(shape) if leaf == "kernel" else _qkv_bias(shape)
+            layout = split_qkv_kernel(shape) if leaf == "kernel" else split_qkv_bias(shape)
             return [f"{block}.{name}.{LEAF[leaf]}" for name in PROJECTIONS[projection]], layout
         child = {"norm": "group_norm", "proj": "to_out.0"}[inner[-1]]
         return [f"{block}.{child}.{LEAF[leaf]}"], layout
@@ -91,14 +89,14 @@ def renaming(network: Network, flip_sin_to_cos: bool | None = None) -> Rename:
     return rename
 
 
-def _swapped_clock(shape: tuple[int, ...]) -> Layout:
+def _swapped_sinusoid(shape: tuple[int, ...]) -> Layout:
     """Linear, whose rows for the sines and for the cosines change places."""
     half = shape[0] // 2
     order = np.r_[half : 2 * half, :half, 2 * half : shape[0]]
     return Layout(lambda w: DENSE.to_flax(w)[order], lambda w: DENSE.to_torch(w[order]))
 
 
-def _qkv_kernel(shape: tuple[int, ...]) -> Layout:
+def split_qkv_kernel(shape: tuple[int, ...]) -> Layout:
     """P of [C, E] <-> [E, P, heads, D]: P projections from E channels to C = heads * D."""
     inputs, parts, heads, width = shape
     return Layout(
@@ -107,7 +105,7 @@ def _qkv_kernel(shape: tuple[int, ...]) -> Layout:
     )
 
 
-def _qkv_bias(shape: tuple[int, ...]) -> Layout:
+def split_qkv_bias(shape: tuple[int, ...]) -> Layout:
     """P of [C] <-> [P, heads, D]."""
     return Layout(lambda *w: np.stack(w).reshape(shape), lambda w: tuple(part.reshape(-1) for part in w))
 
@@ -119,122 +117,134 @@ def modern_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {pattern.sub(lambda m: f"{m[1]}.{old[m[2]]}.", key): value for key, value in state_dict.items()}
 
 
-def net_config(config: Mapping, *, image_size: int | None = None) -> Architecture:
+# Arguments of `UNet2DModel` and their defaults, and the values of those that only some are supported of.
+DEFAULTS = dict(
+    sample_size=None,
+    in_channels=3,
+    out_channels=3,
+    center_input_sample=False,
+    time_embedding_type="positional",
+    time_embedding_dim=None,
+    freq_shift=0,
+    flip_sin_to_cos=True,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(224, 448, 672, 896),
+    layers_per_block=2,
+    mid_block_scale_factor=1,
+    downsample_padding=1,
+    downsample_type="conv",
+    upsample_type="conv",
+    dropout=0.0,
+    act_fn="silu",
+    attention_head_dim=8,
+    norm_num_groups=32,
+    attn_norm_num_groups=None,
+    norm_eps=1e-5,
+    resnet_time_scale_shift="default",
+    add_attention=True,
+    class_embed_type=None,
+    num_class_embeds=None,
+    num_train_timesteps=None,
+)
+SUPPORTED = dict(
+    center_input_sample=(False,),
+    time_embedding_type=("positional",),
+    freq_shift=(0, 1),
+    mid_block_type=("UNetMidBlock2D",),
+    mid_block_scale_factor=(1,),
+    downsample_padding=(0, 1),
+    downsample_type=("conv",),
+    upsample_type=("conv",),
+    act_fn=("silu", "swish"),
+    resnet_time_scale_shift=("default", "scale_shift"),
+    class_embed_type=(None,),
+)
+MODEL = "UNet2DModel"
+
+
+def net_config(config: Mapping, *, image_size: int | Sequence[int] | None = None) -> Architecture:
     """The architecture that the config.json of a `UNet2DModel` describes.
 
     Args:
-      config: the constructor arguments; those left out have the defaults of diffusers. Names that
-        start with an underscore are ignored.
+      config: the constructor arguments; those left out have the defaults of diffusers. Names that start with an
+        underscore are ignored.
       image_size: wins over `sample_size`; needed if there is none.
 
     Raises:
       ValueError: an argument has a value that is not supported.
     """
-    model = "UNet2DModel"
-    defaults = dict(
-        sample_size=None,
-        in_channels=3,
-        out_channels=3,
-        center_input_sample=False,
-        time_embedding_type="positional",
-        time_embedding_dim=None,
-        freq_shift=0,
-        flip_sin_to_cos=True,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2D",
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(224, 448, 672, 896),
-        layers_per_block=2,
-        mid_block_scale_factor=1,
-        downsample_padding=1,
-        downsample_type="conv",
-        upsample_type="conv",
-        dropout=0.0,
-        act_fn="silu",
-        attention_head_dim=8,
-        norm_num_groups=32,
-        attn_norm_num_groups=None,
-        norm_eps=1e-5,
-        resnet_time_scale_shift="default",
-        add_attention=True,
-        class_embed_type=None,
-        num_class_embeds=None,
-        num_train_timesteps=None,
+    c = _options(config)
+    size = image_size or c["sample_size"]
+    if not size:
+        raise ValueError(f"{MODEL} has no sample_size; pass image_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    labels = c["num_class_embeds"]
+    return image_model(
+        _unet(c),
+        shape=(height, width, c["in_channels"]),
+        out_channels=c["out_channels"],
+        conditions={} if labels is None else {"label": spec("condition", "label", num_classes=labels)},
     )
+
+
+def _options(config: Mapping) -> dict[str, Any]:
+    """All arguments of a `UNet2DModel`, checked."""
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in given:
-        if key not in defaults:
-            refuse(model, key, given[key], "this option is unknown")
-    c = {**defaults, **given}
-    valid = dict(
-        center_input_sample=(False,),
-        time_embedding_type=("positional",),
-        freq_shift=(0, 1),
-        mid_block_type=("UNetMidBlock2D",),
-        mid_block_scale_factor=(1,),
-        downsample_padding=(0, 1),
-        downsample_type=("conv",),
-        upsample_type=("conv",),
-        act_fn=("silu", "swish"),
-        resnet_time_scale_shift=("default", "scale_shift"),
-        class_embed_type=(None,),
-    )
-    for key, values in valid.items():
+        if key not in DEFAULTS:
+            refuse(MODEL, key, given[key], "this option is unknown")
+    c = {**DEFAULTS, **given}
+    for key, values in SUPPORTED.items():
         if c[key] not in values:
-            refuse(model, key, c[key], f"supported: {', '.join(map(repr, values))}")
-    base = c["block_out_channels"][0]
-    groups = c["norm_num_groups"]
-    scale_shift = c["resnet_time_scale_shift"] == "scale_shift"
+            refuse(MODEL, key, c[key], f"supported: {', '.join(map(repr, values))}")
+    base, groups = c["block_out_channels"][0], c["norm_num_groups"]
     if c["time_embedding_dim"] not in (None, 4 * base):
-        refuse(model, "time_embedding_dim", c["time_embedding_dim"], f"supported: {4 * base}")
+        refuse(MODEL, "time_embedding_dim", c["time_embedding_dim"], f"supported: {4 * base}")
     # diffusers leaves the norm out of the middle's attention when the blocks scale and shift
-    middle = c["attn_norm_num_groups"] or (None if scale_shift else groups)
+    plain = c["resnet_time_scale_shift"] == "default"
+    middle = c["attn_norm_num_groups"] or (groups if plain else None)
     if c["add_attention"] and middle != groups:
         refuse(
-            model,
+            MODEL,
             "attn_norm_num_groups",
             c["attn_norm_num_groups"],
             f"the middle attention must be normalised like the rest, in {groups} groups",
         )
+    return c
 
-    levels = len(c["block_out_channels"])
-    down = _attends(model, c["down_block_types"], "DownBlock2D", levels)
-    up = _attends(model, c["up_block_types"], "UpBlock2D", levels)[::-1]
-    size = image_size or c["sample_size"]
-    if not size:
-        raise ValueError(f"{model} has no sample_size; pass image_size")
-    height, width = (size, size) if isinstance(size, int) else size
-    labelled = c["num_class_embeds"] is not None
 
-    def factors(attends):
-        return tuple(2**level for level, yes in enumerate(attends) if yes)
-
-    net = dict(
-        name="unet",
+def _unet(c: Mapping[str, Any]) -> Any:
+    """The section of the network with these options."""
+    base, levels = c["block_out_channels"][0], len(c["block_out_channels"])
+    down = _factors(_attends(MODEL, c["down_block_types"], "DownBlock2D", levels))
+    up = _factors(_attends(MODEL, c["up_block_types"], "UpBlock2D", levels)[::-1])
+    return spec(
+        "network",
+        "unet",
         channels=base,
         channel_mult=tuple(_multiple(width, base) for width in c["block_out_channels"]),
         num_res_blocks=c["layers_per_block"],
-        attention=factors(down),
-        attention_up=factors(up),
+        attention=down,
+        attention_up=None if up == down else up,
         mid_attention=bool(c["add_attention"]),
         heads=1,
         head_channels=c["attention_head_dim"] or 0,
         dropout=float(c["dropout"]),
-        scale_shift=scale_shift,
+        scale_shift=c["resnet_time_scale_shift"] == "scale_shift",
         resample="conv",
         downsample_pad="both" if c["downsample_padding"] else "end",
         sinusoid="ho" if c["freq_shift"] else "openai",
         norm_eps=c["norm_eps"],
-        groups=groups,
+        groups=c["norm_num_groups"],
         kernel_init="ho",
     )
-    return Architecture(
-        net=net,
-        shape=(height, width, c["in_channels"]),
-        takes=("label",) if labelled else (),
-        num_classes=c["num_class_embeds"] or 0,
-        out_channels=c["out_channels"],
-    )
+
+
+def _factors(attends: Sequence[bool]) -> tuple[int, ...]:
+    """The downsampling factors of the levels with attention."""
+    return tuple(2**level for level, yes in enumerate(attends) if yes)
 
 
 def _attends(model: str, types: Sequence[str], plain: str, levels: int) -> list[bool]:

@@ -4,11 +4,12 @@ Its `Text2ImUNet` is guided-diffusion's `UNetModel` with a text transformer besi
 reads. The U-Net's parameters bear the names that `openai` knows, and attention is in its legacy order throughout.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from diffax.networks import Network, example_inputs
+from diffax.components import spec
 from diffax.weights import openai
-from diffax.weights.architecture import Architecture, refuse
+from diffax.weights.architecture import IDS, Architecture, image_model, refuse
 from diffax.weights.openai import LEAF, plain, qkv_bias, qkv_kernel
 from diffax.weights.table import Layout, Path, Table, make_table, param_shapes
 
@@ -46,18 +47,17 @@ BLOCK = {
 }
 
 
-def table(network: Network, shape: Sequence[int]) -> Table:
-    """The map between GLIDE's parameters and those of `network`.
-
-    Args:
-      network: a network that takes 'text' (see `diffax.networks.build`).
-      shape: (H, W, C) of its images.
+def table(model: Any) -> Table:
+    """The map between GLIDE's parameters and those of a diffusion model with the condition 'text'.
 
     Raises:
       ValueError: a network that GLIDE's classes cannot express.
     """
-    shapes = param_shapes(network, *example_inputs(network, shape))
-    unet = openai.renaming(network, shapes, "legacy")
+    shapes = param_shapes(model.init)
+    for name, _ in getattr(model.net, "encoders", ()):
+        if name not in ("text", "inpaint", "low_res"):
+            raise ValueError(f"GLIDE's networks have no names for the condition {name!r}")
+    unet = openai.renaming(openai.core(model), shapes, "legacy")
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
         return _text(path[1:], shape) if path[0] == "text" else unet(path, shape)
@@ -106,4 +106,8 @@ def net_config(constructor: Mapping, *, model: str = "Text2ImUNet", image_size: 
     ours = {*OPTIONS, "xf_ar", "share_unemb", "cache_text_emb"}
     unet = openai.net_config({key: c[key] for key in c if key not in ours} | {"image_size": image_size})
     text = {name: c[key] for key, name in OPTIONS.items()}
-    return unet._replace(net=unet.net | {"text": text}, takes=("text", *MODELS[model]))
+    ids = {"name": IDS, "length": text.pop("length"), "vocab_size": text["vocab_size"]}
+    conditions = {"text": spec("condition", "text", tokenizer=ids, **text)}
+    for name in MODELS[model]:
+        conditions[name] = spec("condition", name, **({"factor": 2} if name == "low_res" else {}))  # any factor
+    return image_model(unet.net, shape=unet.shape, out_channels=unet.out_channels, conditions=conditions)

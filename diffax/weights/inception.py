@@ -1,4 +1,4 @@
-"""Weights of the FID's Inception network, in the two files in which they are published (floor 3).
+"""Weights of the FID's Inception network, in the two files in which they are published.
 
 One is a PyTorch state dict, the other the TensorFlow graph that it was made from; both hold the same numbers. The graph
 is read as data: nothing in it is run.
@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffax.data import archives
@@ -77,7 +77,7 @@ def graph_table() -> Table:
 
 
 def _shapes() -> dict[Path, tuple[int, ...]]:
-    return param_shapes(inception.Inception(), jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32))
+    return param_shapes(lambda key: inception.Inception().init(key, jnp.zeros((1, 8, 8, 3)))["params"])
 
 
 def _scopes() -> dict[Path, str]:

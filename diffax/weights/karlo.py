@@ -8,13 +8,14 @@ knows. Its text and pictures are read by CLIP (ViT-L/14), which is a model of it
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
-from diffax.networks import Network, Prior, example_inputs
-from diffax.networks.clip import CLIP
+from diffax import config as configs
+from diffax.components import each, spec
 from diffax.weights import diffusers, openai
-from diffax.weights.architecture import Architecture, refuse
-from diffax.weights.diffusers import PROJECTIONS, _qkv_bias, _qkv_kernel
+from diffax.weights.architecture import Architecture, ClipSizes, Ids, image_model, refuse
+from diffax.weights.diffusers import PROJECTIONS, split_qkv_bias, split_qkv_kernel
 from diffax.weights.glide import BLOCK
 from diffax.weights.openai import LEAF, Rename, plain, qkv_bias, qkv_kernel
 from diffax.weights.table import SAME, Entry, Layout, Path, Table, make_table, param_shapes
@@ -32,13 +33,13 @@ MODELS = {
 UPSAMPLERS = {"first": "model_first_steps", "last": "model_last_step"}
 # parameters outside of blocks: karlo's names of a prior's and of a decoder's, diffusers' of a prior's
 PRIOR = {
-    "prior/position": "positional_embedding",
-    "prior/query": "prd_emb",
-    "prior/time_0": "time_embed.0",
-    "prior/time_1": "time_embed.2",
-    "prior/proj_in": "clip_img_proj",
-    "prior/norm_out": "final_ln",
-    "prior/proj_out": "out_proj",
+    "net/position": "positional_embedding",
+    "net/query": "prd_emb",
+    "net/time_0": "time_embed.0",
+    "net/time_1": "time_embed.2",
+    "net/proj_in": "clip_img_proj",
+    "net/norm_out": "final_ln",
+    "net/proj_out": "out_proj",
     "text_embedding/tokens": "text_emb_proj",
     "text_features/proj": "text_enc_proj",
 }
@@ -51,13 +52,13 @@ DECODER = {
     "text_features/norm": "text_seq_proj.1",
 }
 DIFFUSERS_PRIOR = {
-    "prior/position": "positional_embedding",
-    "prior/query": "prd_embedding",
-    "prior/time_0": "time_embedding.linear_1",
-    "prior/time_1": "time_embedding.linear_2",
-    "prior/proj_in": "proj_in",
-    "prior/norm_out": "norm_out",
-    "prior/proj_out": "proj_to_clip_embeddings",
+    "net/position": "positional_embedding",
+    "net/query": "prd_embedding",
+    "net/time_0": "time_embedding.linear_1",
+    "net/time_1": "time_embedding.linear_2",
+    "net/proj_in": "proj_in",
+    "net/norm_out": "norm_out",
+    "net/proj_out": "proj_to_clip_embeddings",
     "text_embedding/tokens": "embedding_proj",
     "text_features/proj": "encoder_hidden_states_proj",
 }
@@ -78,35 +79,38 @@ DIFFUSERS_BLOCK = {
 }
 
 
-def table(network: Network, shape: Sequence[int], *, prefix: str = "") -> Table:
-    """The map between karlo's parameters and those of `network`: a prior, a decoder or an upsampler.
+def table(model: Any, *, prefix: str = "") -> Table:
+    """The map between karlo's parameters and those of a model: a prior, a decoder or an upsampler.
 
     Args:
-      network: what `net_config` describes.
-      shape: (D,) of a prior's embeddings, (H, W, C) of a U-Net's images.
+      model: a diffusion model, such as `net_config(...).model()`.
       prefix: of all names in the file: 'model.' in those of the prior and the decoder. Those of the upsamplers are
         `upsampler_table`'s.
 
     Raises:
       ValueError: a network that karlo's classes cannot express.
     """
-    shapes = param_shapes(network, *example_inputs(network, shape))
-    if isinstance(network.unet, Prior):
+    shapes = param_shapes(model.init)
+    if _is_prior(model):
         return _prefixed(make_table(shapes, _prior), prefix)
-    rename_unet = _unet(network, shapes)
+    rename_unet = _unet(openai.core(model), shapes)
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
-        return _outside(DECODER, path, shape) if path[0] != "unet" else rename_unet(path, shape)
+        return _outside(DECODER, path, shape) if path[0] not in ("net", "low_res") else rename_unet(path, shape)
 
     return _prefixed(make_table(shapes, rename), prefix)
 
 
-def upsampler_table(network: Network, shape: Sequence[int]) -> Table:
-    """The map between the file of karlo's upsamplers and {'first': parameters, 'last': parameters} of `network`.
+def _is_prior(model: Any) -> bool:
+    return len(model.shape) == 1
 
-    'first' takes all steps but the last, 'last' that one. Arguments and errors are those of `table`.
+
+def upsampler_table(model: Any) -> Table:
+    """The map between the file of karlo's upsamplers and {'first': parameters, 'last': parameters} of a model.
+
+    'first' walks all steps but the last, 'last' that one. Arguments and errors are those of `table`.
     """
-    one = table(network, shape)
+    one = table(model)
     return [
         entry._replace(path=(part, *entry.path))
         for part, prefix in UPSAMPLERS.items()
@@ -114,52 +118,53 @@ def upsampler_table(network: Network, shape: Sequence[int]) -> Table:
     ]
 
 
-def diffusers_table(network: Network, shape: Sequence[int]) -> Table:
-    """The map between `PriorTransformer` of huggingface/diffusers and {'net': parameters of `network`, 'stats': ...}.
+def diffusers_table(model: Any) -> Table:
+    """The map between diffusers' `PriorTransformer` and {'net': parameters of a model, 'stats': ...}.
 
     Its file holds 'clip_mean' and 'clip_std' besides, the statistics of the embeddings [D], which are under 'stats' as
     'mean' and 'std'; karlo keeps them in a file of their own.
     """
-    shapes = param_shapes(network, *example_inputs(network, shape))
-    net = [entry._replace(path=("net", *entry.path)) for entry in make_table(shapes, _diffusers_prior)]
-    (size,) = shape
+    if not _is_prior(model):
+        raise ValueError("diffusers' PriorTransformer makes embeddings, and this model makes pictures")
+    net = [
+        entry._replace(path=("net", *entry.path)) for entry in make_table(param_shapes(model.init), _diffusers_prior)
+    ]
+    (size,) = model.shape
     stats = [
         Entry((f"clip_{name}",), ((1, size),), ("stats", name), (size,), _leading_one(1)) for name in ("mean", "std")
     ]
     return net + stats
 
 
-def diffusers_decoder_table(network: Network, shape: Sequence[int], *, part: str) -> Table:
-    """The map between one of the two files of diffusers' decoder and its share of the parameters of `network`.
+def diffusers_decoder_table(model: Any, *, part: str) -> Table:
+    """The map between one of the two files of diffusers' decoder and its share of the parameters of a model.
 
     An upsampler in diffusers is a `UNet2DModel`, of which `diffusers.table` knows the names.
 
     Args:
-      network: see `table`.
-      shape: see `table`.
+      model: see `table`.
       part: 'decoder', the U-Net (`UNet2DConditionModel`), or 'text_proj', what brings the embeddings to it
         (`UnCLIPTextProjModel`).
 
     Raises:
       ValueError: a network that these classes cannot express.
     """
-    rename_unet = diffusers.renaming(network)
+    rename_unet = diffusers.renaming(openai.core(model))
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
-        return _outside(DIFFUSERS_DECODER, path, shape) if path[0] != "unet" else rename_unet(path, shape)
+        return _outside(DIFFUSERS_DECODER, path, shape) if path[0] != "net" else rename_unet(path, shape)
 
-    whole = make_table(param_shapes(network, *example_inputs(network, shape)), rename)
-    return [entry for entry in whole if (entry.path[0] == "unet") == (part == "decoder")]
+    whole = make_table(param_shapes(model.init), rename)
+    return [entry for entry in whole if (entry.path[0] == "net") == (part == "decoder")]
 
 
-def stats_table(network: CLIP, shape: Sequence[int]) -> Table:
+def stats_table(model: Any) -> Table:
     """The map between karlo's file of statistics (ViT-L-14_stats.th), see `flat`, and {'stats': {'mean', 'std'}}.
 
     Args:
-      network: the CLIP whose embeddings they are of.
-      shape: of its pictures, which changes nothing.
+      model: the CLIP whose embeddings they are of.
     """
-    size = network.image.features
+    size = model.features
     return [Entry((str(i),), ((size,),), ("stats", name), (size,), SAME) for i, name in enumerate(("mean", "std"))]
 
 
@@ -195,7 +200,7 @@ def _outside(names: Mapping[str, str], path: Path, shape: tuple[int, ...]) -> tu
     """A parameter outside of blocks."""
     place = "/".join(path[:2])
     if place not in names:
-        raise ValueError(f"karlo's networks have no {'/'.join(path)}; take the conditions that they take")
+        raise ValueError(f"karlo's networks have no {'/'.join(path)}; use the conditions that they have")
     if len(path) == 2:
         return [names[place]], SAME if path[1] == "null" else _leading_one(3 - len(shape))
     leaf = path[-1]
@@ -240,18 +245,17 @@ def _diffusers_prior(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Lay
     block, leaf = path[1].replace("block_", "transformer_blocks."), path[-1]
     if leaf.startswith("qkv_"):
         kernel = leaf == "qkv_kernel"
-        layout = _qkv_kernel(shape) if kernel else _qkv_bias(shape)
+        layout = split_qkv_kernel(shape) if kernel else split_qkv_bias(shape)
         return [f"{block}.attn1.{part}.{'weight' if kernel else 'bias'}" for part in PROJECTIONS["qkv"]], layout
     return [f"{block}.{DIFFUSERS_BLOCK[path[-2]]}.{LEAF[leaf]}"], plain(leaf, shape)
 
 
-def _unet(network: Network, shapes: Mapping[Path, tuple[int, ...]]) -> Rename:
+def _unet(net: nn.Module, shapes: Mapping[Path, tuple[int, ...]]) -> Rename:
     """(path, shape) of a U-Net's parameter -> (karlo's names, layout)."""
-    if network.unet.mid_attention:
-        return openai.renaming(network, shapes, "legacy")
+    if getattr(net, "mid_attention", True):
+        return openai.renaming(net, shapes, "legacy")
     # guided-diffusion has attention between the two middle blocks, so that the second of them is its third
-    with_attention = network.clone(unet=network.unet.clone(mid_attention=True))
-    rename_openai = openai.renaming(with_attention, shapes, "legacy")
+    rename_openai = openai.renaming(net.clone(mid_attention=True), shapes, "legacy")
 
     def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
         keys, layout = rename_openai(path, shape)
@@ -274,30 +278,37 @@ def net_config(constructor: Mapping, *, model: str, image_size: int = 64) -> Arc
     """
     if model not in MODELS:
         raise ValueError(f"model {model!r} is unknown; use one of {tuple(MODELS)}")
-    kind, c = MODELS[model], dict(constructor)
-    if kind == "prior":
-        _need(model, c, ("text_ctx", "xf_width", "xf_layers", "xf_heads", "xf_final_ln", "clip_dim"))
-        net = dict(name="prior", width=c["xf_width"], layers=c["xf_layers"], heads=c["xf_heads"])
-        net |= {} if c["xf_final_ln"] else {"final_norm": False}
-        clip = dict(size=c["clip_dim"], width=c["clip_dim"], length=c["text_ctx"])
-        takes, size = ("text_features", "text_embedding"), c["clip_dim"]
-        return Architecture(net | {"clip": clip}, (size,), takes, num_classes=0, out_channels=size)
-    if kind == "upsampler":
-        return _upsampler(model, c, image_size)
+    make = {"prior": _prior_config, "decoder": _decoder_config, "upsampler": _upsampler_config}[MODELS[model]]
+    return make(model, dict(constructor), image_size)
+
+
+def _prior_config(model: str, c: dict[str, Any], image_size: int) -> Architecture:
+    del image_size
+    _need(model, c, ("text_ctx", "xf_width", "xf_layers", "xf_heads", "xf_final_ln", "clip_dim"))
+    size = c["clip_dim"]
+    net = spec("network", "prior", width=c["xf_width"], layers=c["xf_layers"], heads=c["xf_heads"])
+    net.final_norm = bool(c["xf_final_ln"])
+    section = configs.section("diffusion", shape=(size,), clip="clip", net=net, predicts="x", variance="fixed_small")
+    section.conditions = each(
+        "condition", "text_features", text_embedding=spec("condition", "text_embedding", enters="token")
+    )
+    return Architecture(section, size, clip=ClipSizes(size, size, Ids(length=c["text_ctx"])))
+
+
+def _decoder_config(model: str, c: dict[str, Any], image_size: int) -> Architecture:
     own = ("text_ctx", "xf_width", "clip_dim", "clip_emb_mult", "clip_emb_type", "clip_emb_drop")
     _need(model, {key: c[key] for key in own if key in c}, own)
     if c["clip_emb_type"] != "image":
         refuse(model, "clip_emb_type", c["clip_emb_type"], "only a decoder of image embeddings is supported")
-    clip = dict(
-        size=c["clip_dim"],
-        width=c["clip_dim"],
-        length=c["text_ctx"],
-        tokens=c["clip_emb_mult"],
-        sequence_width=c["xf_width"],
-    )
+    width, size = c["xf_width"], c["clip_dim"]
     unet = openai.net_config({key: c[key] for key in c if key not in own} | {"image_size": image_size})
-    takes = ("image_embedding", "text_embedding", "text_features")
-    return unet._replace(net=unet.net | {"clip": clip}, takes=takes)
+    conditions = {
+        "image_embedding": spec("condition", "image_embedding", tokens=c["clip_emb_mult"], width=width),
+        "text_embedding": spec("condition", "text_embedding"),
+        "text_features": spec("condition", "text_features", width=width, norm=True),
+    }
+    clip = ClipSizes(size, size, Ids(length=c["text_ctx"]), shape=unet.shape)
+    return image_model(unet.net, shape=unet.shape, out_channels=unet.out_channels, conditions=conditions, clip=clip)
 
 
 def diffusers_net_config(config: Mapping) -> Architecture:
@@ -349,7 +360,7 @@ def diffusers_net_config(config: Mapping) -> Architecture:
     )
 
 
-def _upsampler(model: str, c: dict[str, Any], image_size: int) -> Architecture:
+def _upsampler_config(model: str, c: dict[str, Any], image_size: int) -> Architecture:
     if model != "SuperResUNetModel":
         _need(model, c, ("channels", "depth", "channels_multiple", "dropout"))
         c = dict(
@@ -364,7 +375,9 @@ def _upsampler(model: str, c: dict[str, Any], image_size: int) -> Architecture:
         )
     mid_attention = c.pop("use_middle_attention", False)
     unet = openai.net_config(c | {"image_size": image_size}, model="SuperResModel")
-    return unet._replace(net=unet.net | {"mid_attention": mid_attention, "low_res_resize": "bicubic"})
+    unet.net.mid_attention = bool(mid_attention)
+    unet.conditions["low_res"].resize = "bicubic"
+    return unet
 
 
 def _need(model: str, given: Mapping, names: Sequence[str]) -> None:

@@ -5,12 +5,14 @@ here a block is called after its level.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 
-from diffax.networks import Classifier, example_inputs
-from diffax.weights.architecture import Architecture, refuse
+from diffax import config as configs
+from diffax.components import spec
+from diffax.weights.architecture import Architecture, image_model, refuse
 from diffax.weights.table import DENSE_1D, DENSE_2D, SAME, Layout, Path, Table, kernel, make_table, param_shapes
 
 ORDERS = ("legacy", "new")
@@ -43,39 +45,84 @@ LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "b
 Rename = Callable[[Path, tuple[int, ...]], tuple[list[str], Layout]]
 
 
-def table(network: nn.Module, shape: Sequence[int], *, attention_order: str = "legacy") -> Table:
-    """The map between OpenAI's parameters and those of `network`.
+def table(model: Any, *, attention_order: str = "legacy") -> Table:
+    """The map between OpenAI's parameters and those of a model.
 
     Args:
-      network: a `Network` or a `Classifier` (see `diffax.networks.build`).
-      shape: (H, W, C) of its images.
+      model: a diffusion model with a U-Net, or a classifier.
       attention_order: how the channels of qkv are sorted: 'legacy' (heads, then q, k, v: all of
         improved-diffusion, most of guided-diffusion) or 'new' (q, k, v, then heads: the flag
-        `use_new_attention_order`). The wrong one loads, and samples noise.
+        `use_new_attention_order`). The wrong one loads, and
+        samples noise.
 
     Raises:
       ValueError: an unknown attention_order, or a network that OpenAI's classes cannot express.
     """
-    for name, _ in getattr(network, "conditioners", ()):
+    for name, _ in getattr(model.net, "encoders", ()):
         if name not in ("label", "low_res"):
             raise ValueError(f"OpenAI's networks have no names for the condition {name!r}")
-    shapes = param_shapes(network, *example_inputs(network, shape))
-    return make_table(shapes, renaming(network, shapes, attention_order))
+    shapes = param_shapes(model.init)
+    return make_table(shapes, renaming(core(model), shapes, attention_order))
 
 
-def renaming(network: nn.Module, paths: Iterable[Path], attention_order: str) -> Rename:
-    """(path, shape) of a parameter -> (OpenAI's names, layout), for the parameters at `paths`; see `table`."""
+def core(model: Any) -> nn.Module:
+    """The network of a model without the encoders of its conditions."""
+    return getattr(model.net, "net", model.net)
+
+
+def renaming(net: nn.Module, paths: Iterable[Path], attention_order: str) -> Rename:
+    """(path, shape) of a parameter -> (OpenAI's names, layout), see `table`.
+
+    Args:
+      net: the U-Net, or the classifier.
+      paths: of all parameters.
+      attention_order: see `table`.
+    """
     if attention_order not in ORDERS:
         raise ValueError(f"attention_order {attention_order!r} is unknown; use one of {ORDERS}")
-    net = network if isinstance(network, Classifier) else network.unet
-    if not net.mid_attention:
-        raise ValueError("OpenAI's networks have attention in the middle; set mid_attention")
+    if not getattr(net, "mid_attention", False):
+        raise ValueError("OpenAI's networks are U-Nets with attention in the middle; set mid_attention")
+    block_key, pool = _block_key(net, paths), getattr(net, "pool", "")
+
+    def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
+        *module, leaf = path[1:] if path[0] in ("net", "label") else path
+        if leaf == "position":
+            return ["out.2.positional_embedding"], kernel(shape)
+        top, *inner = module
+        if top in TOP:
+            return [f"{TOP[top]}.{LEAF[leaf]}"], plain(leaf, shape)
+        if pool and top in HEADS[pool]:
+            return _head(pool, top, inner, leaf, shape)
+        block = block_key(top)
+        if inner[0] in RES_BLOCK:
+            layout = DENSE_2D if (inner[0], leaf) == ("skip", "kernel") else plain(leaf, shape)
+            return [f"{block}.{RES_BLOCK[inner[0]]}.{LEAF[leaf]}"], layout
+        if inner[0] == "conv":
+            child = "op" if top.startswith("down") else "conv"
+            return [f"{block}.{child}.{LEAF[leaf]}"], plain(leaf, shape)
+        return _attention(block, ATTENTION, inner, leaf, shape, attention_order)
+
+    return rename
+
+
+def _head(pool: str, top: str, inner: list[str], leaf: str, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
+    """The parameters of a classifier's head."""
+    name = HEADS[pool][top]
+    if top == "attention":
+        return _attention(name, ATTENTION_POOL, inner, leaf, shape, "new")
+    return [f"{name}.{LEAF[leaf]}"], DENSE_2D if pool == "adaptive" and leaf == "kernel" else plain(leaf, shape)
+
+
+def _block_key(net: nn.Module, paths: Iterable[Path]) -> Callable[[str], str]:
+    """The number of a block: 'down_1_attention_0' -> 'input_blocks.5.1'."""
     levels, blocks = len(net.channel_mult), net.num_res_blocks
     places = {path[:-1] for path in paths}
 
     def block_key(name: str) -> str:
-        """The number of a block: 'down_1_attention_0' -> 'input_blocks.5.1'."""
-        way, level, kind, i = re.fullmatch(r"(down|mid|up)_?(\d*)_(\w+?)_?(\d*)", name).groups()
+        found = re.fullmatch(r"(down|mid|up)_?(\d*)_(\w+?)_?(\d*)", name)
+        if not found:
+            raise ValueError(f"OpenAI's networks have no {name}")
+        way, level, kind, i = found.groups()
         child = int(kind == "attention")
         if way == "mid":
             return f"middle_block.{1 if child else 2 * int(i)}"
@@ -90,29 +137,7 @@ def renaming(network: nn.Module, paths: Iterable[Path], attention_order: str) ->
             return f"output_blocks.{first + blocks}.{1 + attends}"
         return f"output_blocks.{first + int(i)}.{child}"
 
-    def rename(path: Path, shape: tuple[int, ...]) -> tuple[list[str], Layout]:
-        *module, leaf = path[1:] if path[0] in ("unet", "label") else path
-        if leaf == "position":
-            return ["out.2.positional_embedding"], kernel(shape)
-        top, *inner = module
-        if top in TOP:
-            return [f"{TOP[top]}.{LEAF[leaf]}"], plain(leaf, shape)
-        pool = isinstance(network, Classifier) and HEADS[net.pool]
-        if pool and top in pool:
-            if top != "attention":
-                layout = DENSE_2D if net.pool == "adaptive" and leaf == "kernel" else (plain(leaf, shape))
-                return [f"{pool[top]}.{LEAF[leaf]}"], layout
-            return _attention(pool[top], ATTENTION_POOL, inner, leaf, shape, "new")
-        block = block_key(top)
-        if inner[0] in RES_BLOCK:
-            layout = DENSE_2D if (inner[0], leaf) == ("skip", "kernel") else plain(leaf, shape)
-            return [f"{block}.{RES_BLOCK[inner[0]]}.{LEAF[leaf]}"], layout
-        if inner[0] == "conv":
-            child = "op" if top.startswith("down") else "conv"
-            return [f"{block}.{child}.{LEAF[leaf]}"], plain(leaf, shape)
-        return _attention(block, ATTENTION, inner, leaf, shape, attention_order)
-
-    return rename
+    return block_key
 
 
 def plain(leaf: str, shape: tuple[int, ...]) -> Layout:
@@ -163,6 +188,28 @@ def qkv_bias(shape: tuple[int, ...], order: str) -> Layout:
     return Layout(to_flax, to_torch)
 
 
+# Options of the constructors that may be left out, and those that may not.
+DEFAULTS = dict(
+    dropout=0,
+    channel_mult=(1, 2, 4, 8),
+    conv_resample=True,
+    dims=2,
+    num_classes=None,
+    num_heads=1,
+    num_head_channels=-1,
+    num_heads_upsample=-1,
+    use_scale_shift_norm=False,
+    resblock_updown=False,
+    pool="adaptive",
+    use_new_attention_order=False,
+    image_size=None,
+    use_checkpoint=False,
+    use_fp16=False,
+)
+NEEDED = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
+MODELS = ("UNetModel", "SuperResModel", "EncoderUNetModel")
+
+
 def net_config(constructor: Mapping, *, model: str = "UNetModel", image_size: int | None = None) -> Architecture:
     """The architecture that a constructor call of OpenAI's code describes.
 
@@ -174,76 +221,58 @@ def net_config(constructor: Mapping, *, model: str = "UNetModel", image_size: in
     Raises:
       ValueError: an argument has a value that is not supported.
     """
+    c = _options(constructor, model, image_size)
+    shape = (image_size or c["image_size"],) * 2 + (c["in_channels"],)
+    order = ORDERS[bool(c["use_new_attention_order"])]
+    if model == "EncoderUNetModel":
+        net = spec("network", "classifier", **_encoder(c), pool=c["pool"])
+        section = configs.section("classifier", shape=shape, num_classes=c["out_channels"], net=net)
+        return Architecture(section, c["out_channels"], order)
+    conditions = {"label": spec("condition", "label", num_classes=c["num_classes"])} if c["num_classes"] else {}
+    if model == "SuperResModel":
+        conditions["low_res"] = spec("condition", "low_res", factor=2)  # any: the constructor has none
+    net = spec("network", "unet", **_encoder(c), heads_up=max(c["num_heads_upsample"] or 0, 0))
+    return image_model(net, shape=shape, out_channels=c["out_channels"], conditions=conditions, attention_order=order)
+
+
+def _options(constructor: Mapping, model: str, image_size: int | None) -> dict[str, Any]:
+    """All options of a constructor call, checked."""
     given = dict(constructor)
-    models = ("UNetModel", "SuperResModel", "EncoderUNetModel")
-    if model not in models:
-        raise ValueError(f"model {model!r} is unknown; use one of {models}")
-    defaults = dict(
-        dropout=0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        dims=2,
-        num_classes=None,
-        num_heads=1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        pool="adaptive",
-        use_new_attention_order=False,
-        image_size=None,
-        use_checkpoint=False,
-        use_fp16=False,
-    )
-    needed = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is unknown; use one of {MODELS}")
     for key in given:
-        if key not in defaults and key not in needed:
+        if key not in DEFAULTS and key not in NEEDED:
             refuse(model, key, given[key], "this option is unknown")
-    for key in needed:
+    for key in NEEDED:
         if key not in given:
             raise ValueError(f"{model} needs {key}; pass all constructor arguments")
-    c = {**defaults, **given}
+    c = {**DEFAULTS, **given}
     if c["dims"] != 2:
         refuse(model, "dims", c["dims"], "only images (2) are supported")
-    size = image_size or c["image_size"]
-    if not size:
+    if not (image_size or c["image_size"]):
         raise ValueError(f"{model} has no image_size among its arguments; pass image_size")
-    improved = "image_size" not in given
-    if improved and c["channel_mult"][0] != 1 and model != "EncoderUNetModel":
+    if "image_size" not in given and c["channel_mult"][0] != 1 and model != "EncoderUNetModel":
         refuse(
             model,
             "channel_mult",
             c["channel_mult"],
             "improved-diffusion starts at the base width; pass image_size in the constructor for guided-diffusion",
         )
+    return c
 
+
+def _encoder(c: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the U-Net and its encoder share."""
     factors = [2**level for level in range(len(c["channel_mult"]))]
-    positive = {key: max(c[key] or 0, 0) for key in ("num_head_channels", "num_heads_upsample")}
-    net = dict(
-        name="unet",
+    return dict(
         channels=c["model_channels"],
         channel_mult=tuple(c["channel_mult"]),
         num_res_blocks=c["num_res_blocks"],
         attention=tuple(f for f in factors if f in tuple(c["attention_resolutions"])),
         heads=c["num_heads"],
-        head_channels=positive["num_head_channels"],
+        head_channels=max(c["num_head_channels"] or 0, 0),
         dropout=float(c["dropout"]),
         scale_shift=bool(c["use_scale_shift_norm"]),
         resample="biggan" if c["resblock_updown"] else "conv" if c["conv_resample"] else "pool",
         remat="blocks" if c["use_checkpoint"] else "none",
-    )
-    takes = []
-    if model == "EncoderUNetModel":
-        net.update(name="classifier", pool=c["pool"])
-    else:
-        net.update(heads_up=positive["num_heads_upsample"])
-        takes += ["label"] if c["num_classes"] else []
-        takes += ["low_res"] if model == "SuperResModel" else []
-    return Architecture(
-        net=net,
-        shape=(size, size, c["in_channels"]),
-        takes=tuple(takes),
-        num_classes=c["num_classes"] or 0,
-        out_channels=c["out_channels"],
-        attention_order=ORDERS[bool(c["use_new_attention_order"])],
     )

@@ -1,7 +1,7 @@
 """Bijective maps between PyTorch's named arrays and Flax parameters.
 
-A table is a list of entries, one for each Flax parameter, and each says which PyTorch arrays hold
-its numbers and in what layout. Everything here is numpy on the host; nothing imports torch.
+A table is a list of entries, one for each Flax parameter, and each says which PyTorch arrays hold its numbers and in
+what layout. Everything here is numpy on the host; nothing imports torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,10 +69,9 @@ def make_table(
     return table
 
 
-def param_shapes(network, *inputs) -> dict[Path, tuple[int, ...]]:
-    """{path: shape} of the parameters that `network.init(rng, *inputs)` would make."""
-    variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    flat = traverse_util.flatten_dict(variables["params"])
+def param_shapes(init: Callable[[jax.Array], Mapping]) -> dict[Path, tuple[int, ...]]:
+    """{path: shape} of the parameters that `init(key)` would make, such as `model.init`."""
+    flat = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
@@ -110,7 +109,7 @@ def torch_shapes(table: Table) -> dict[str, tuple[int, ...]]:
 
 
 def misfit(shapes: Mapping[str, tuple[int, ...]], table: Table) -> str:
-    """What keeps arrays of these names and shapes from being those of a table, in words; '' if nothing does."""
+    """What keeps arrays of these names and shapes from being those of a table; '' if nothing does."""
     want, have = torch_shapes(table), {key: tuple(shape) for key, shape in shapes.items()}
     complaints = [
         _list("missing", [key for key in want if key not in have]),

@@ -6,7 +6,6 @@ import numpy as np
 
 from diffax import weights
 from diffax.diffusion import guidance, process, schedules
-from diffax.networks import clip
 from diffax.weights import clip as converter
 from tests.parity import golden
 from tests.parity.models import nchw, nhwc, supported
@@ -14,9 +13,9 @@ from tests.parity.models import nchw, nhwc, supported
 
 def network_of(architecture, **image):
     """The network of an architecture, with some options of its image encoder changed."""
-    net = {key: value for key, value in architecture.net.items() if key != "name"}
+    architecture.net.image.update(image)
     try:
-        return clip.build(net | {"image": net["image"] | image}, architecture.shape)
+        return architecture.build()
     except ValueError as error:
         raise NotImplementedError(str(error)) from error
 

@@ -5,7 +5,7 @@ import pytest
 
 from diffax.weights import files
 from tests.parity import golden, models
-from tests.torch_files import state_dict
+from tests.weights.torch_files import state_dict
 
 METAS = {name: golden.load_case(name)[0] for name in golden.case_names()}
 CASES = [name for name, meta in METAS.items() if meta.get("state_dict") and meta["kind"] in models.RUNNERS]

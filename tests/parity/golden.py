@@ -8,7 +8,8 @@ import zlib
 
 import numpy as np
 
-FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or pathlib.Path(__file__).parent.parent / "golden")
+OWN = pathlib.Path(__file__).parent.parent / "golden"
+FOLDER = pathlib.Path(os.environ.get("DIFFAX_GOLDEN") or OWN)
 
 
 def case_names() -> list[str]:

@@ -55,6 +55,6 @@ def test_the_folder_has_cases():
     assert golden.case_names(), f"no golden cases in {golden.FOLDER}"
 
 
-@pytest.mark.skipif(golden.FOLDER.name != "golden", reason="DIFFAX_GOLDEN names a folder of other cases")
+@pytest.mark.skipif(golden.FOLDER.resolve() != golden.OWN, reason="DIFFAX_GOLDEN names a folder of other cases")
 def test_every_runner_has_a_case():
     assert {golden.load_case(name)[0]["kind"] for name in golden.case_names()} >= set(RUNNERS)

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffax import weights
 from diffax.diffusion import guidance, process, samplers
-from diffax.networks import null_conditions, sinusoid
+from diffax.networks.layers import sinusoid
 from tests.parity.diffusion import Chain
 
 
@@ -20,9 +20,9 @@ def nchw(a):
 
 def load(architecture, table_of, params):
     """(network, parameters, table) of a published model."""
-    network = architecture.build()
-    table = table_of(network, architecture.shape)
-    return network, weights.to_flax(params, table), table
+    model = architecture.model()
+    table = table_of(model)
+    return model.net, weights.to_flax(params, table), table
 
 
 def supported(translate, *args, **kwargs):
@@ -43,15 +43,15 @@ def openai(model, meta, inputs, params):
     size = None if model == "EncoderUNetModel" else inputs["x"].shape[2]
     architecture = supported(weights.openai.net_config, config, model=model, image_size=size)
 
-    def table_of(network, shape):
-        return weights.openai.table(network, shape, attention_order=architecture.attention_order)
+    def table_of(model):
+        return weights.openai.table(model, attention_order=architecture.attention_order)
 
     return load(architecture, table_of, params)
 
 
 def conditions(inputs):
     cond = {"label": jnp.asarray(inputs["y"])} if "y" in inputs else {}
-    return cond | ({"low_res": nhwc(inputs["low_res"])} if "low_res" in inputs else {})
+    return cond | ({"low_res": {"image": nhwc(inputs["low_res"])}} if "low_res" in inputs else {})
 
 
 def clock(inputs):
@@ -100,9 +100,8 @@ def diffusers_unet(meta, inputs, params):
     size = inputs["x"].shape[2:]
     architecture = supported(weights.diffusers.net_config, config, image_size=tuple(size))
 
-    def table_of(network, shape):
-        flip = config.get("flip_sin_to_cos", True)
-        return weights.diffusers.table(network, shape, flip_sin_to_cos=flip)
+    def table_of(model):
+        return weights.diffusers.table(model, flip_sin_to_cos=config.get("flip_sin_to_cos", True))
 
     network, params, _ = load(architecture, table_of, params)
     time = jnp.broadcast_to(clock(inputs), inputs["x"].shape[:1])
@@ -134,16 +133,17 @@ def diffusers_decoder(meta, inputs, params):
     )
     architecture = weights.karlo.net_config(constructor, model="PLMImUNet", image_size=unet["sample_size"])
 
-    def table_of(network, shape):
+    def table_of(model):
         parts = ("decoder", "text_proj")
-        return [entry for part in parts for entry in weights.karlo.diffusers_decoder_table(network, shape, part=part)]
+        return [entry for part in parts for entry in weights.karlo.diffusers_decoder_table(model, part=part)]
 
     network, params, _ = load(architecture, table_of, params)
-    image = jnp.full_like(jnp.asarray(inputs["text_emb"]), jnp.nan).at[-len(inputs["image_emb"]) :]
+    given, rows = len(inputs["image_emb"]), len(inputs["text_emb"])
+    image = jnp.zeros_like(jnp.asarray(inputs["text_emb"])).at[-given:].set(inputs["image_emb"])
     cond = {
-        "image_embedding": image.set(inputs["image_emb"]),
+        "image_embedding": {"embedding": image, "present": jnp.arange(rows) >= rows - given},
         "text_embedding": jnp.asarray(inputs["text_emb"]),
-        "text_features": jnp.where(inputs["mask"][..., None] > 0, inputs["text_enc"], jnp.nan),
+        "text_features": {"features": jnp.asarray(inputs["text_enc"]), "mask": jnp.asarray(inputs["mask"] > 0)},
     }
     return {"y": nchw(jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), clock(inputs), cond))}
 
@@ -185,7 +185,7 @@ def text_to_image(model):
             zeros = np.zeros_like(inputs["x"])
             parts = inputs.get("inpaint_image", zeros), inputs.get("inpaint_mask", zeros[:, :1])
             cond["inpaint"] = nhwc(np.concatenate(parts, 1))
-        text = jax.jit(network.apply, static_argnames="method")(params, cond, z, method="encode_conditions")["text"]
+        text = jax.jit(network.apply, static_argnames="method")(params, cond, z, method="encode")["text"]
         y = jax.jit(network.apply)(params, z, clock(inputs), cond)
         return {"y": nchw(y), "xf_proj": np.asarray(text.vector), "xf_out": nchw(text.sequence)}
 
@@ -213,8 +213,8 @@ def guided_text_to_image(meta, inputs, params):
     (z, other), (noise, other_noise) = (jnp.split(nhwc(inputs[key]), 2) for key in ("x", "sample_noise"))
     steps = [chain.at(t) for t in np.split(inputs["t"], 2)]
     text, empty = jnp.split(caption(inputs), 2)
-    null = null_conditions(network)
-    np.testing.assert_array_equal(empty, np.full_like(empty, null["text"]))
+    null = {"text": np.full(text.shape[1], -1, np.int32)}
+    np.testing.assert_array_equal(empty, np.broadcast_to(null["text"], empty.shape))
 
     classifier_free = guidance.classifier_free(scale, null)(denoise)
     eps = classifier_free(z, steps[0], text=text).eps

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax import networks, weights
+from diffax import weights
 from diffax.diffusion import guidance, process, samplers, schedules
 from diffax.weights import karlo
 from tests.parity.diffusion import Chain
@@ -23,15 +23,20 @@ def nchw(a):
 
 def network_of(constructor, model, params, *, prefix="", image_size=8):
     architecture = supported(karlo.net_config, constructor, model=model, image_size=image_size)
-    network = architecture.build()
-    return network, weights.to_flax(params, karlo.table(network, architecture.shape, prefix=prefix))
+    model = architecture.model()
+    return model.net, weights.to_flax(params, karlo.table(model, prefix=prefix))
 
 
 def conditions(inputs, rows=slice(None)):
-    """The conditions of karlo's networks; NaN where a caption is padding."""
-    text, mask = inputs.get("text_emb", inputs.get("txt_feat")), inputs["mask"][..., None] > 0
-    features = np.where(mask, inputs.get("text_enc", inputs.get("txt_feat_seq")), np.nan)
-    return {"text_embedding": jnp.asarray(text[rows]), "text_features": jnp.asarray(features[rows], jnp.float32)}
+    """The conditions of karlo's networks that a caption makes."""
+    text, features = inputs.get("text_emb", inputs.get("txt_feat")), inputs.get("text_enc", inputs.get("txt_feat_seq"))
+    sequence = {"features": jnp.asarray(features[rows], jnp.float32), "mask": jnp.asarray(inputs["mask"][rows] > 0)}
+    return {"text_embedding": jnp.asarray(text[rows]), "text_features": sequence}
+
+
+def image_embedding(rows):
+    """The condition of image embeddings [n, D] that are all there."""
+    return {"image_embedding": {"embedding": jnp.asarray(rows), "present": jnp.ones(len(rows), bool)}}
 
 
 def clock(inputs):
@@ -45,8 +50,8 @@ def prior(meta, inputs, params):
 
 def diffusers_prior(meta, inputs, params):
     architecture = supported(karlo.diffusers_net_config, meta["config"])
-    network = architecture.build()
-    params = weights.to_flax(params, karlo.diffusers_table(network, architecture.shape))
+    model = architecture.model()
+    network, params = model.net, weights.to_flax(params, karlo.diffusers_table(model))
     y = jax.jit(network.apply)({"params": params["net"]}, inputs["x"], clock(inputs), conditions(inputs))
     return {"y": y, "post_process_latents": y * params["stats"]["std"] + params["stats"]["mean"]}
 
@@ -101,14 +106,15 @@ def prior_sampling(meta, inputs, params):
 
 def decoder(meta, inputs, params):
     network, params = network_of(meta["config"], "PLMImUNet", params, image_size=16)
-    cond = conditions(inputs) | {"image_embedding": jnp.asarray(inputs["img_feat"])}
+    cond = conditions(inputs) | image_embedding(inputs["img_feat"])
     return {"y": nchw(jax.jit(network.apply)({"params": params}, nhwc(inputs["x"]), clock(inputs), cond))}
 
 
 def decoder_sampling(meta, inputs, params):
     network, params = network_of(meta["config"]["unet"], "Text2ImModel", params, prefix="model.")
-    given = conditions(inputs, slice(1)) | {"image_embedding": jnp.asarray(inputs["img_feat"])}
-    null = networks.null_conditions(network) | conditions(inputs, slice(1, 2))
+    given = conditions(inputs, slice(1)) | image_embedding(inputs["img_feat"])
+    size = inputs["img_feat"].shape[1]
+    null = conditions(inputs, slice(1, 2)) | {"image_embedding": {"embedding": np.zeros(size), "present": False}}
     noise, got = nhwc(inputs["noise"]), {}
     for respacing in meta["config"]["timestep_respacings"]:
         chain = chain_of(meta["config"]["diffusion"], respacing, "eps", "learned_range")
@@ -126,7 +132,7 @@ def decoder_sampling(meta, inputs, params):
 def upsampler(meta, inputs, params):
     network, params = network_of(meta["config"], "SuperResUNetModel", params, image_size=16)
     y = jax.jit(network.apply)(
-        {"params": params}, nhwc(inputs["x"]), clock(inputs), {"low_res": nhwc(inputs["low_res"])}
+        {"params": params}, nhwc(inputs["x"]), clock(inputs), {"low_res": {"image": nhwc(inputs["low_res"])}}
     )
     return {"y": nchw(y)}
 
@@ -136,8 +142,8 @@ def upsampler_sampling(meta, inputs, params):
     architecture = karlo.net_config(
         meta["config"]["model"], model="ImprovedSupRes64to256ProgressiveModel", image_size=8
     )
-    network = architecture.build()
-    params = weights.to_flax(params, karlo.upsampler_table(network, architecture.shape))
+    model = architecture.model()
+    network, params = model.net, weights.to_flax(params, karlo.upsampler_table(model))
     diffusion = meta["config"]["diffusion"]
     chain = chain_of(diffusion, diffusion["timestep_respacing"], "eps", "fixed_small")
     noise, low_res = nhwc(inputs["noise"]), nhwc(inputs["low_res"])
@@ -145,7 +151,7 @@ def upsampler_sampling(meta, inputs, params):
     @jax.jit
     def walk(params, z, steps):
         denoise = guidance.guided(denoiser(network, params, chain), [guidance.clip_denoised()])
-        return samplers.sample(denoise, z, lambda i: noise[i], steps, samplers.ddpm(), low_res=low_res)
+        return samplers.sample(denoise, z, lambda i: noise[i], steps, samplers.ddpm(), low_res={"image": low_res})
 
     before_last = chain.sampling[:-1]
     z = walk(params["first"], nhwc(inputs["x_T"]), before_last)

@@ -1,79 +1,20 @@
-"""The training step and loop: agreement of layouts, exact resume, averages, accumulation, faults.
-
-A small regression stands for a network: `train` knows only an `Objective`. What a diffusion stage adds is in
-stages_test and main_test.
-"""
+"""The training loop: agreement of layouts, exact resume, faults, callbacks."""
 
 import functools
 import itertools
 import os
 import signal
+import threading
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from diffax import config
 from diffax.errors import RunError, UserError
-from diffax.models.stages import Objective
-from diffax.training import checkpoint, loop, reporting
-
-
-def regression(poison=None) -> Objective:
-    """Least squares with noise from each example's key; `poison` makes the loss NaN where the batch says so."""
-
-    def loss(params, extra, batch, keys, position, total, gather=None):
-        params = nn.meta.unbox(params)  # as a layer would
-        noise = jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys)
-        out = (batch["image"] + 0.1 * noise) @ params["w"] + params["b"]
-        value = jnp.mean((out - batch["label"][:, None]) ** 2, axis=-1)
-        if poison:
-            value = jnp.where(batch["index"] < 0, jnp.nan, value)
-        n = jnp.asarray(len(value), jnp.float32)
-        return value, {"loss": (jnp.sum(value), n), "place": (jnp.sum(position / total), n)}, value
-
-    return Objective(
-        init=lambda key: {"w": jax.random.normal(key, (4, 8)), "b": jnp.zeros(8)},
-        init_extra=lambda: jnp.zeros(16),
-        loss=loss,
-        update_extra=lambda extra, feedback: 0.9 * extra + feedback,
-    )
-
-
-def section(**changes):
-    c = config.to_dict(config.config_defaults("test"))["base"]
-    c["train"] |= dict(
-        steps=12,
-        batch_size=16,
-        learning_rate=1e-2,
-        warmup_steps=3,
-        clip=1.0,
-        ema=[0.5, 0.9],
-        log_every=4,
-        save_every=100,
-        sample_every=0,
-    )
-    c["train"] |= changes
-    return c
-
-
-def batches(first, bad=()):
-    for k in itertools.count(first):
-        rng = np.random.default_rng(k)
-        index = np.full(16, -1) if k in bad else np.arange(16)
-        yield {
-            "image": rng.standard_normal((16, 4)).astype(np.float32),
-            "label": rng.standard_normal(16).astype(np.float32),
-            "index": index,
-        }
-
-
-def make(mode="pmap", poison=None, **changes):
-    return loop.Run(regression(poison), section(**changes), seed=0, mode=mode)
+from diffax.training import checkpoints, loop, reporting
+from tests.training.regression import Regression, batches, make, train
 
 
 def fit(run, workdir, **kwargs):
@@ -81,7 +22,7 @@ def fit(run, workdir, **kwargs):
 
 
 def final_state(run, workdir):
-    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as found:
+    with checkpoints.Checkpoints(workdir / "checkpoints", read_only=True) as found:
         return jax.tree.map(
             lambda a: np.asarray(jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a),
             run.restore(found),
@@ -100,22 +41,22 @@ def test_pmap_jit_and_fsdp_agree(tmp_path, changes):
     chex.assert_trees_all_close(states["pmap"], states["fsdp"], rtol=1e-6, atol=1e-6)
 
 
-def test_fsdp_cuts_the_parameters():
+def test_fsdp_shards_the_parameters():
     state = make("fsdp").create()
     assert state.params["w"].addressable_shards[0].data.shape == (4, 2)
     assert make("pmap").create().params["w"].addressable_shards[0].data.shape == (4, 8)
 
 
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])
-@pytest.mark.parametrize("cut", [1, 5, 11])
-def test_a_cut_run_ends_bit_equal(tmp_path, mode, cut):
+@pytest.mark.parametrize("end", [1, 5, 11])
+def test_an_interrupted_run_ends_bit_equal(tmp_path, mode, end):
     whole, parts = make(mode), make(mode, save_every=1, keep=100)
     fit(whole, tmp_path / "whole")
 
     def until(first):
-        """Batches that end after `cut` steps, as if the machine had died."""
+        """Batches that end after `end` steps, as if the machine had died."""
         for k, batch in zip(itertools.count(first), batches(first), strict=False):
-            if k > cut:  # asked for while step `cut` runs: batches are moved ahead of their use
+            if k > end:  # reached while step `end` runs: batches are moved ahead of their use
                 raise KeyboardInterrupt
             yield batch
 
@@ -128,7 +69,7 @@ def test_a_cut_run_ends_bit_equal(tmp_path, mode, cut):
 
 
 def test_resume_on_another_layout(tmp_path):
-    whole, first, then = make("pmap"), make("pmap", steps=5), make("fsdp")
+    whole, first, then = make("pmap"), make("pmap", num_train_steps=5), make("fsdp")
     fit(whole, tmp_path / "whole")
     fit(first, tmp_path / "parts")
     fit(then, tmp_path / "parts")
@@ -136,99 +77,10 @@ def test_resume_on_another_layout(tmp_path):
     chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_microbatches_are_averaged():
-    """Four microbatches give the update of the whole batch."""
-    for mode in ("pmap", "jit"):
-        states = []
-        for accumulate in (1, 4):
-            run = make(mode, accumulate=accumulate)
-            state = run.create()
-            batch = loop.parallel.put(run.where, next(batches(0)))
-            state, metrics = run.step(state, batch)
-            states.append((state.params, state.extra, metrics["loss"], metrics["place"]))
-        chex.assert_trees_all_close(*states, rtol=1e-5, atol=1e-6)
-
-
-def test_one_step_equals_numpy():
-    """Adam's first step moves every weight by the learning rate against its gradient; averages follow."""
-    run = make("jit", warmup_steps=0, clip=0.0)
-    state = run.create()
-    before = jax.device_get((state.params, state.ema))
-    batch = next(batches(0))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(state.rng, 0), i))(jnp.arange(16))
-    noise = np.asarray(jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys), np.float64)
-    state, metrics = run.step(state, loop.parallel.put(run.where, batch))
-    (params, ema) = jax.device_get((state.params, state.ema))
-    w, x = before[0]["w"].astype(np.float64), batch["image"] + 0.1 * noise
-    residual = x @ w - batch["label"][:, None]
-    gradient = {"w": x.T @ residual * 2 / (16 * 8), "b": residual.sum(0) * 2 / (16 * 8)}
-    for name, g in gradient.items():
-        np.testing.assert_allclose(params[name], before[0][name] - 1e-2 * np.sign(g), atol=1e-5)
-        for decay in (0.5, 0.9):
-            want = decay * before[0][name] + (1 - decay) * params[name]
-            np.testing.assert_allclose(ema[str(decay)][name], want, rtol=1e-6, atol=1e-7)
-    norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
-    np.testing.assert_allclose(metrics["grad_norm"][0], norm, rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], np.mean(residual**2), rtol=1e-5)
-
-
-def test_clipping_comes_after_the_mean_over_devices():
-    """The clipped update is that of one device with the whole batch, which clipping per device would not give."""
-    updates = []
-    for mode in ("pmap", "jit"):
-        run = make(mode, clip=1e-3, eps=1.0, warmup_steps=0)
-        state, _ = run.step(run.create(), loop.parallel.put(run.where, next(batches(0))))
-        updates.append(state.params)
-    chex.assert_trees_all_close(*updates, rtol=1e-6, atol=1e-8)
-
-
-def test_learning_rate():
-    c = section(learning_rate=2.0, warmup_steps=10, steps=100)["train"]
-    for anneal, late in (("none", 2.0), ("linear", 1.0), ("cosine", 1.0)):
-        rate = loop.learning_rate(c | {"anneal": anneal})
-        np.testing.assert_allclose(rate(0), 0)
-        np.testing.assert_allclose(rate(50), late, rtol=1e-6)
-    assert float(loop.learning_rate(c | {"anneal": "linear"})(100)) == 0
-
-
-def test_a_text_transformer_may_learn_more_slowly():
-    params = {"text": {"block": np.ones(3), "proj": np.ones(3)}, "conv": {"kernel": np.ones(3)}}
-    updates = {}
-    for rate in (1.0, 0.25):
-        tx = loop.optimizer(section(text_rate=rate, warmup_steps=0)["train"])
-        updates[rate], _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
-    expected = {**updates[1.0], "text": {**updates[1.0]["text"], "block": updates[1.0]["text"]["block"] / 4}}
-    chex.assert_trees_all_close(updates[0.25], expected)
-    assert np.abs(expected["text"]["block"]).min() > 0
-
-
-def test_ema_warmup_forgets_the_start():
-    run = make("jit", ema=[0.9999], ema_warmup=True)
-    state = run.create()
-    for batch in itertools.islice(batches(0), 8):
-        state, _ = run.step(state, loop.parallel.put(run.where, batch))
-    moved = np.abs(state.ema["0.9999"]["b"]).max()
-    assert moved > 0.2 * np.abs(state.params["b"]).max()
-
-
-def test_the_step_compiles_once():
-    run = make("jit")
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def step(state, batch):
-        rate = optax.constant_schedule(1.0)
-        return loop.train_step(state, batch, objective=regression(), tx=run.tx, schedule=rate)
-
-    state = run.create()
-    for batch in itertools.islice(batches(0), 3):
-        state, _ = step(state, batch)
-
-
 def test_what_compiling_left_behind_is_given_back_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(loop.parallel, "trim_memory", lambda: calls.append(1))
-    fit(make(steps=3), tmp_path)
+    fit(make(num_train_steps=3), tmp_path)
     assert calls == [1]
 
 
@@ -269,34 +121,109 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
                 os.kill(os.getpid(), number)
             yield batch
 
-    whole, cut = make(), make()
+    whole, stopped = make(), make()
     fit(whole, tmp_path / "whole")
     with pytest.raises(loop.Preempted, match="preempted at step .: saved; rerun the same command"):
-        fit(cut, tmp_path / "cut", batches=interrupting)
-    fit(cut, tmp_path / "cut")
-    chex.assert_trees_all_equal(final_state(whole, tmp_path / "whole"), final_state(cut, tmp_path / "cut"))
+        fit(stopped, tmp_path / "stopped", batches=interrupting)
+    fit(stopped, tmp_path / "stopped")
+    chex.assert_trees_all_equal(final_state(whole, tmp_path / "whole"), final_state(stopped, tmp_path / "stopped"))
 
 
 def test_another_config_is_refused_and_nothing_is_lost(tmp_path):
     fit(make(), tmp_path)
     before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    with pytest.raises(UserError, match="learning_rate=0.01, config says 0.5"):
+    with pytest.raises(
+        UserError, match="^checkpoint was trained with base.train.learning_rate=0.01, config says 0.5; "
+    ):
         fit(make(learning_rate=0.5), tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
-    fit(make(steps=13), tmp_path)  # longer is fine
+    fit(make(num_train_steps=13), tmp_path)  # longer is fine
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
     fit(make(), tmp_path)
     rows = (tmp_path / "metrics.jsonl").read_text()
     drawn = []
-    fit(make(), tmp_path, draw=lambda params, step: drawn.append(step))
+    fit(make(), tmp_path, on_sample=lambda params, step: drawn.append(step))
     assert (tmp_path / "metrics.jsonl").read_text() == rows and not drawn
 
 
 def test_pictures_are_drawn_with_the_first_average(tmp_path):
     drawn = []
-    params = fit(make(sample_every=5), tmp_path, draw=lambda params, step: drawn.append((step, params["b"].sum())))
+    params = fit(make(sample_every=5), tmp_path, on_sample=lambda params, step: drawn.append((step, params["b"].sum())))
     assert [step for step, _ in drawn] == [5, 10, 12]
     np.testing.assert_allclose(drawn[-1][1], np.asarray(params["b"]).sum(), rtol=1e-6)
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_every_row_of_the_log_reaches_the_caller(tmp_path):
+    seen = {}
+    fit(make(), tmp_path, on_step=lambda step, metrics: seen.update({step: metrics}))
+    assert list(seen) == [4, 8, 12]
+    rows = {row["step"]: row for row in reporting.read_metrics(tmp_path / "metrics.jsonl")}
+    for step, metrics in seen.items():
+        assert metrics == {name: rows[step][name] for name in metrics} and {"loss", "grad_norm"} <= set(metrics)
+
+
+def test_a_callback_can_end_the_run_and_it_goes_on_later(tmp_path):
+    def stop(step, metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make(save_every=2), tmp_path, on_step=stop)
+    fit(make(save_every=2), tmp_path)
+    fit(make(), tmp_path / "whole")
+    chex.assert_trees_all_equal(final_state(make(), tmp_path), final_state(make(), tmp_path / "whole"))
+
+
+def test_checkpoints_say_what_a_run_must_agree_in(tmp_path):
+    section = {"name": "regression", "train": {"batch_size": 16}}
+    run = loop.Run(
+        Regression(), train(), seed=3, mode="jit", identity={"net.channels": 64}, name="base", section=section
+    )
+    fit(run, tmp_path)
+    with checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True) as found:
+        assert found.read_meta() == {"section": section, "identity": {"net.channels": 64}, "seed": 3}
+    for identity, seed, message in (
+        ({"net.channels": 128}, 3, "base.net.channels=64, config says 128"),
+        ({"net.channels": 64}, 4, "seed=3, config says 4"),
+    ):
+        other = loop.Run(Regression(), train(), seed=seed, mode="jit", identity=identity, name="base")
+        with pytest.raises(UserError, match=f"^checkpoint was trained with {message}; .*another --workdir$"):
+            fit(other, tmp_path)
+
+
+def test_a_checkpoint_of_no_run_is_refused(tmp_path):
+    with checkpoints.Checkpoints(tmp_path / "checkpoints") as store:
+        store.save(1, {"params": {"w": np.ones(2, np.float32)}}, ema={}, meta={})
+    with pytest.raises(UserError, match="checkpoint holds no run to resume"):
+        fit(make(), tmp_path)
+
+
+def test_batches_that_end_are_named(tmp_path):
+    with pytest.raises(UserError, match="the batches end before step 4"):
+        fit(make(), tmp_path, batches=lambda first: itertools.islice(batches(first), 3 - first))
+
+
+def test_a_run_starts_from_other_parameters(tmp_path):
+    start = {"w": np.full((4, 8), 2.0, np.float32), "b": np.zeros(8, np.float32)}
+    params = fit(make(num_train_steps=1, ema=(0.9,)), tmp_path, start_from=lambda: start)
+    np.testing.assert_allclose(params["w"], start["w"], atol=0.01)
+    with pytest.raises(UserError, match="the parameters to start from are of another network"):
+        fit(make(), tmp_path / "other", start_from=lambda: {"w": start["w"]})
+
+
+def test_signals_are_left_alone_outside_the_main_thread(tmp_path):
+    """As of a server or a notebook's worker, where Python lets nobody handle them."""
+    failures = []
+
+    def work():
+        try:
+            fit(make(num_train_steps=2), tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures and (tmp_path / "metrics.jsonl").exists()

@@ -62,7 +62,7 @@ def check_target(
     """
     problems = []
     if wanted["ema"] and not digests["ema"]:
-        problems.append("checkpoint has no EMA, config asks for one")
+        problems.append("checkpoint has no EMA, config builds one")
         wanted = {"state": wanted["state"]}
     for item, leaves in wanted.items():
         saved = digests[item] if leaves else {}

@@ -16,9 +16,9 @@ import safetensors.numpy
 
 from diffax.errors import UserError
 from diffax.weights import files as weights
-from tests.torch_files import archive, call, name, program, state_dict, storage, tensor, value
+from tests.weights.torch_files import archive, call, name, program, state_dict, storage, tensor, value
 
-FOLDER = pathlib.Path(__file__).parent / "weights"
+FOLDER = pathlib.Path(__file__).parent
 REBUILD = name("torch._utils", "_rebuild_tensor_v2")
 
 BASE, SHARED = np.arange(24, dtype=np.float32) / 8, np.arange(6, dtype=np.float32)
