@@ -18,7 +18,8 @@ Command: python -m diffax.main --config=configs/adm_imagenet_256_uncond.py --wor
      and the same with --stage=classifier, at the same time or before; --mode=sample needs both.
 """
 
-from diffax.config import load, split_variant, tiny
+from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded digits, minutes on a CPU"}
 
@@ -27,13 +28,13 @@ def get_config(variant: str = ""):
     config = load("adm_imagenet_256")  # with its classifier
     config.name = "adm_imagenet_256_uncond"
     stage = config.base
-    stage.takes, stage.num_classes = (), 0
-    stage.train.steps = 2_000_000
-    stage.guidance_scale = 10.0
+    del stage.conditions.label
+    stage.train.num_train_steps = 2_000_000
+    stage.guidance.classifier.scale = 10.0
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config)
-        config.classifier.train.update(steps=600, batch_size=64)
+        config.classifier.train.update(num_train_steps=600, batch_size=64)
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
+        stage.train.update(num_train_steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
         config.eval.update(num=500, batch_size=100, guidance=(0.0, 1.0, 2.0, 5.0, 10.0))
     return config

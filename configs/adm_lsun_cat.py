@@ -10,7 +10,8 @@ Command: python -m diffax.main --config=configs/adm_lsun_cat.py --workdir=runs/a
 Sooner:  --config.base.steps=90,60,60,20,20
 """
 
-from diffax.config import load, split_variant, tiny
+from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded photos, minutes on a CPU"}
 
@@ -20,9 +21,9 @@ def get_config(variant: str = ""):
     config.name = "adm_lsun_cat"
     stage = config.base
     stage.data.path = "data/lsun_cat"
-    stage.train.steps = 200_000
+    stage.train.num_train_steps = 200_000
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "photos")
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
+        stage.train.update(num_train_steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
     return config

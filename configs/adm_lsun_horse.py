@@ -16,7 +16,8 @@ Command: python -m diffax.main --config=configs/adm_lsun_horse.py --workdir=runs
 Sooner:  --config.base.steps=90,60,60,20,20
 """
 
-from diffax.config import load, split_variant, tiny
+from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "nodropout": "without dropout: FID 2.95",
@@ -30,10 +31,10 @@ def get_config(variant: str = ""):
     config.name = "_".join(["adm_lsun_horse", *(p for p in parts if p != "tiny")])
     stage = config.base
     stage.data.path = "data/lsun_horse"
-    stage.train.steps = 250_000
+    stage.train.num_train_steps = 250_000
     stage.net.dropout = 0.0 if "nodropout" in parts else 0.1
     if "tiny" in parts:
         tiny(config, "photos")
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        stage.train.update(steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
+        stage.train.update(num_train_steps=800, batch_size=64, anneal="cosine", ema=(0.995,))
     return config

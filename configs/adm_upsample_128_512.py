@@ -19,10 +19,11 @@ Command: python -m diffax.main --config=configs/adm_upsample_128_512.py --workdi
      and, after --mode=sample --config.sample.save=true of the small model, to enlarge its samples
          python -m diffax.main --workdir=runs/adm_upsample_128_512 --mode=sample
              --input=runs/adm_imagenet_128/base/samples_64x128x128x3.npz
-Sooner:  --config.up.sampler.name=ddim --config.up.steps=ddim25
+Sooner:  --config.up.sampler=ddim --config.up.steps=ddim25
 """
 
-from diffax.config import load, split_variant, tiny
+from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 to 64x64 embedded photos, minutes on a CPU"}
 
@@ -34,14 +35,14 @@ def get_config(variant: str = ""):
     stage.shape = (512, 512, 3)
     stage.data.path = "data/imagenet_512"
     stage.net.update(attention=(16, 32), head_channels=64)  # at 32 and 16 pixels
-    stage.train.steps = 1_050_000
+    stage.train.num_train_steps = 1_050_000
     config.sample.update(num=4, batch_size=4, columns=2)
     config.eval.batch_size = 4
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "photos")
         stage.shape = (64, 64, 3)
-        stage.low_res.crop = 32
+        stage.conditions.low_res.crop = 32
         stage.net.update(channel_mult=(1, 2, 2), attention=())
-        stage.train.update(steps=800, batch_size=32, anneal="cosine", ema=(0.995,))
+        stage.train.update(num_train_steps=800, batch_size=32, anneal="cosine", ema=(0.995,))
         config.eval.update(num=200, batch_size=50)
     return config

@@ -8,9 +8,9 @@ The first two stages are those of configs/cascade_64.py. Labels at every stage, 
 | 3.52         | 3.76       | 128.80 +- 2.51 | 59.84 %   | 81.79 %   |
 
 The last stage is trained with half of its smaller pictures blurred (section 3) and samples from them as they are;
-Gaussian noise did not help here. Its clock is the noise level itself, so that the 100 steps that it samples are not
-steps of its 2000. 575.3M parameters, counted here; the paper gives none. Range of the blur: the one that was best at
-256 pixels; betas, clock and variance as in SR3 (arXiv:2104.07636).
+Gaussian noise did not help here. Its network embeds the noise level itself in place of a timestep, so that the 100
+steps of sampling need not be among the 2000 of training. 575.3M parameters, counted here; the paper gives none. The
+range of the blur is the best one at 256 pixels; betas, time and variance are those of SR3 (arXiv:2104.07636).
 
 Data: folders of images, one folder per class, data/imagenet_32, data/imagenet_64 and data/imagenet_128 below the
       current one, or --config.up_128.data.path=FOLDER and so on.
@@ -19,41 +19,44 @@ Command: python -m diffax.main --config=configs/cascade_128.py --workdir=runs/ca
      and the same with --stage=base and --stage=up_64, in any order; --mode=sample needs all.
 """
 
-from diffax.config import add_section, config_defaults, load, split_variant, tiny
+from diffax.config import add_section, each, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "8x8 to 16x16 to 32x32 embedded single shapes, minutes on a CPU"}
 
 
 def get_config(variant: str = ""):
-    config = config_defaults("cascade_128", stages=("base", "up_64", "up_128"))
+    config = new("cascade_128", stages=("base", "up_64", "up_128"))
     to_64 = load("cascade_64")
     base, up_64 = add_section(config, "base", to_64.base), add_section(config, "up_64", to_64.up)
     stage = config.up_128
     stage.shape = (128, 128, 3)
-    stage.takes, stage.num_classes = ("label", "low_res"), 1000
-    stage.low_res.update(factor=2, blur=0.5, blur_sigma=(0.4, 0.6))
-    stage.data.update(name="folder", path="data/imagenet_128", flip=True)
+    stage.conditions = each("condition", "label", "low_res")
+    stage.conditions.label.num_classes = 1000
+    stage.conditions.low_res.update(factor=2, blur=0.5, blur_sigma=(0.4, 0.6))
+    stage.data = spec("data", "folder", path="data/imagenet_128")
+    stage.loader.flip = True
     stage.net.update(channels=128, channel_mult=(1, 2, 4, 8, 8), num_res_blocks=3, dropout=0.0)
     stage.net.update(attention=(8,), heads=1)  # at 16 pixels
     stage.net.update(scale_shift=True, resample="biggan", remat="blocks")
     # From 1e-6 to 1e-2 over 2000 steps; these are for a chain of 1000.
-    stage.schedule.update(name="linear", steps=2000, beta_start=2e-6, beta_end=0.02, continuous=True)
+    stage.schedule = spec("schedule", "linear", num_timesteps=2000, beta_start=2e-6, beta_end=0.02, continuous=True)
     stage.variance = "fixed_large"
     stage.steps = "100"
-    stage.train.update(steps=500_000, batch_size=1024, learning_rate=1e-4, warmup_steps=5000, clip=1.0, ema=(0.9999,))
+    stage.train.update(
+        num_train_steps=500_000, batch_size=1024, learning_rate=1e-4, warmup_steps=5000, grad_clip=1.0, ema=(0.9999,)
+    )
     config.sample.update(num=16, batch_size=16, columns=4)
-    config.eval.update(num=0, batch_size=16)  # judging samples by a small classifier is for small data
+    config.eval.update(num=0, batch_size=16)  # small evaluation classifiers are for small data
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
         for small, side in ((base, 8), (up_64, 16), (stage, 32)):
             small.shape = (side, side, 3)
-            small.data.update(single=True, label="colour")  # what one sees at this size
-            small.num_classes = 8
-            small.train.update(steps=1200, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+            small.train.update(num_train_steps=1200, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
         # with eps, reading the smaller picture takes far longer to learn than minutes
         up_64.predicts = stage.predicts = "v"
         up_64.net.update(channel_mult=(1, 2, 4), attention=(4,))
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
         stage.train.batch_size = 32
-        config.eval.update(num=500, batch_size=100, judge="network")
+        config.eval.update(num=500, batch_size=100, classifier=spec("evaluation", "network"))
     return config

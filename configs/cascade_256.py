@@ -9,7 +9,7 @@ The first two stages are those of configs/cascade_64.py. Labels at every stage, 
 
 What each part of the recipe of the last stage adds, FID: half of the smaller pictures blurred, sigma in (0.4, 0.6),
 6.18; labels 5.75; a batch of 1024 5.00; flips 4.88. Four steps in place of its 100 hurt FID but slightly, a thousand
-gain nothing. 634.0M parameters, counted here; the paper gives none. Betas, clock and variance as in
+gain nothing. 634.0M parameters, counted here; the paper gives none. Betas, time and variance are those of
 configs/cascade_128.py.
 
 Data: folders of images, one folder per class, data/imagenet_32, data/imagenet_64 and data/imagenet_256 below the
@@ -19,34 +19,33 @@ Command: python -m diffax.main --config=configs/cascade_256.py --workdir=runs/ca
      and the same with --stage=base and --stage=up_64, in any order; --mode=sample needs all.
 """
 
-from diffax.config import add_section, config_defaults, load, split_variant, tiny
+from diffax.config import add_section, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "8x8 to 16x16 to 32x32 embedded single shapes, minutes on a CPU"}
 
 
 def get_config(variant: str = ""):
-    config = config_defaults("cascade_256", stages=("base", "up_64", "up_256"))
+    config = new("cascade_256", stages=("base", "up_64", "up_256"))
     to_128 = load("cascade_128")
     base, up_64 = add_section(config, "base", to_128.base), add_section(config, "up_64", to_128.up_64)
     stage = add_section(config, "up_256", to_128.up_128)
     stage.shape = (256, 256, 3)
-    stage.low_res.factor = 4
+    stage.conditions.low_res.factor = 4
     stage.data.path = "data/imagenet_256"
     stage.net.update(channel_mult=(1, 2, 4, 4, 8, 8), attention=(16,))  # at 16 pixels
     config.sample.update(num=16, batch_size=16, columns=4)
-    config.eval.update(num=0, batch_size=16)  # judging samples by a small classifier is for small data
+    config.eval.update(num=0, batch_size=16)  # small evaluation classifiers are for small data
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
-        stage.low_res.factor = 2
+        stage.conditions.low_res.factor = 2
         for small, side in ((base, 8), (up_64, 16), (stage, 32)):
             small.shape = (side, side, 3)
-            small.data.update(single=True, label="colour")  # what one sees at this size
-            small.num_classes = 8
-            small.train.update(steps=1200, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+            small.train.update(num_train_steps=1200, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
         # with eps, reading the smaller picture takes far longer to learn than minutes
         up_64.predicts = stage.predicts = "v"
         up_64.net.update(channel_mult=(1, 2, 4), attention=(4,))
         stage.net.update(channel_mult=(1, 2, 4), attention=(4,))
         stage.train.batch_size = 32
-        config.eval.update(num=500, batch_size=100, judge="network")
+        config.eval.update(num=500, batch_size=100, classifier=spec("evaluation", "network"))
     return config

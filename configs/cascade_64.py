@@ -7,13 +7,15 @@ Labels at both stages, guidance at none. The paper's scores, 50,000 samples:
 | 32   | 1.11         | 1.99       | 26.01 +- 0.59 |
 | 64   | 1.48         | 2.48       | 67.95 +- 1.97 |
 
-The second stage is trained on smaller pictures with Gaussian noise, any amount of it (section 3), and is told how
-much. At no noise the cascade has FID 1.71; best is some: step 751 to 1251 of 4000, here 1000, which `low_res.level`
-says as a share. `low_res.truncated` stops the first stage at that noise in place of adding it; the paper finds both
-equally good. Pick the level anew for a model of your own: --mode=evaluate --config.eval.levels=0,0.1,0.2,0.3
+The second stage is trained on smaller pictures with any amount of Gaussian noise, which its network reads (section 3).
+Without noise the cascade has FID 1.71; steps 751 to 1251 of 4000 are best, here 1000, which `conditions.low_res.level`
+gives as a fraction. `conditions.low_res.truncated` stops the first stage at that level in place of adding noise; the
+paper finds both equally good. To choose the level for another model: --mode=evaluate
+--config.eval.levels=0,0.1,0.2,0.3
 
 825.5M and 751.7M parameters, counted here; the paper gives none, nor says whether it took BigGAN's resampling and
-adaptive normalisation, which are assumed. Warm-up, clipping and the scale of the clock are those of its forerunners.
+adaptive normalisation, which are assumed. Warm-up, clipping of gradients and the scale of time are those of Improved
+DDPM and ADM.
 
 Data: folders of images, one folder per class, data/imagenet_32 and data/imagenet_64 below the current one, or
       --config.base.data.path=FOLDER and --config.up.data.path=FOLDER, which may be the same.
@@ -23,39 +25,40 @@ Command: python -m diffax.main --config=configs/cascade_64.py --workdir=runs/cas
 Sooner:  --config.base.steps=250 --config.up.steps=100
 """
 
-from diffax.config import config_defaults, split_variant, tiny
+from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "8x8 to 16x16 embedded single shapes, minutes on a CPU"}
 
 
 def get_config(variant: str = ""):
-    config = config_defaults("cascade_64", stages=("base", "up"))
+    config = new("cascade_64", stages=("base", "up"))
     base, up = config.base, config.up
     for stage, size in ((base, 32), (up, 64)):
         stage.shape = (size, size, 3)
-        stage.num_classes = 1000
-        stage.data.update(name="folder", path=f"data/imagenet_{size}", flip=True)
+        stage.data = spec("data", "folder", path=f"data/imagenet_{size}")
+        stage.loader.flip = True
         stage.net.update(channels=256, channel_mult=(1, 2, 3, 4), dropout=0.1, heads=4)
         stage.net.update(scale_shift=True, resample="biggan", remat="blocks")
-        stage.schedule.update(name="cosine", steps=4000, rescale_time=True)
+        stage.schedule = spec("schedule", "cosine", num_timesteps=4000, rescale_time=True)
         stage.variance = "learned_range"
-        stage.loss.update(name="hybrid", weight=4.0)  # T / 1000
-        stage.train.update(batch_size=2048, learning_rate=1e-4, warmup_steps=5000, clip=1.0, ema=(0.9999,))
-    base.takes, up.takes = ("label",), ("label", "low_res")
+        stage.loss = spec("loss", "hybrid", weight=4.0)  # T / 1000
+        stage.train.update(batch_size=2048, learning_rate=1e-4, warmup_steps=5000, grad_clip=1.0, ema=(0.9999,))
+    base.conditions, up.conditions = each("condition", "label"), each("condition", "label", "low_res")
+    base.conditions.label.num_classes = up.conditions.label.num_classes = 1000
     base.net.update(num_res_blocks=6, attention=(2, 4))  # at 16 and 8 pixels
     up.net.update(num_res_blocks=5, attention=(4, 8))  # at 16 and 8 pixels
-    base.train.steps, up.train.steps = 700_000, 400_000
-    up.low_res.update(factor=2, noise=1.0, level=0.25)
-    config.eval.num = 0  # judging samples by a small classifier is for small data
+    base.train.num_train_steps, up.train.num_train_steps = 700_000, 400_000
+    up.conditions.low_res.update(factor=2, noise=1.0, level=0.25)
+    config.eval.num = 0  # small evaluation classifiers are for small data
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config, "shapes")
         base.shape = (8, 8, 3)
         for stage in (base, up):
-            stage.data.update(single=True, label="colour")  # what one sees at this size
-            stage.num_classes = 8
-            stage.train.update(steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
+            stage.train.update(num_train_steps=1600, batch_size=64, learning_rate=2e-3, anneal="cosine", ema=(0.995,))
         up.predicts = "v"  # with eps, reading the smaller picture takes far longer to learn than minutes
         up.net.update(channel_mult=(1, 2, 4), attention=(4,))
-        up.train.steps = 3000
-        config.eval.update(num=500, batch_size=100, judge="network", levels=(0.0, 0.1, 0.2, 0.3, 0.5, 0.7))
+        up.train.num_train_steps = 3000
+        config.eval.update(num=500, batch_size=100, classifier=spec("evaluation", "network"))
+        config.eval.update(levels=(0.0, 0.1, 0.2, 0.3, 0.5, 0.7))
     return config

@@ -11,35 +11,37 @@ To enlarge a picture: the same with --mode=sample --input=photo.png
 The whole system: configs/dalle2.py
 """
 
-from diffax.config import config_defaults, load, split_variant, tiny
+from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 to 32x32 embedded shapes"}
 
 
 def get_config(variant: str = ""):
-    config = config_defaults("dalle2_upsample_256", stages=("up",))
+    config = new("dalle2_upsample_256", stages=("up",))
     stage = config.up
     stage.shape = (256, 256, 3)
-    stage.takes = ("low_res",)
-    stage.low_res.update(factor=4, crop=64, blur=0.5, blur_sigma=(0.6, 0.6))
-    stage.data.update(name="captions", path="data/captions")
+    stage.conditions = each("condition", "low_res")
+    stage.conditions.low_res.update(factor=4, crop=64, blur=0.5, blur_sigma=(0.6, 0.6))
+    stage.data = spec("data", "captions", path="data/captions")
     stage.net.update(channels=320, channel_mult=(1, 2, 3, 4), num_res_blocks=3, dropout=0.1)
     stage.net.update(attention=(), mid_attention=False, scale_shift=True, resample="biggan", remat="blocks")
-    stage.schedule.update(name="cosine", steps=1000)
+    stage.schedule = spec("schedule", "cosine", num_timesteps=1000)
     stage.variance = "fixed_small"
-    stage.steps, stage.sampler.name = "fast27", "ddim"
-    stage.train.update(steps=1_000_000, batch_size=1024, learning_rate=1.2e-4, warmup_steps=0)
-    stage.train.update(optimizer="adamw", clip=0.0, ema=(0.9999,))
+    stage.steps, stage.sampler = "fast27", spec("sampler", "ddim")
+    stage.train.update(num_train_steps=1_000_000, batch_size=1024, learning_rate=1.2e-4, warmup_steps=0)
+    stage.train.update(optimizer=spec("optimizer", "adamw"), grad_clip=0.0, ema=(0.9999,))
     config.sample.update(num=16, batch_size=16, columns=4)
     config.eval.update(num=0, batch_size=16)  # enlarging takes long at this size
     if "tiny" in split_variant(variant, VARIANTS):
-        tiny(config, "shapes")
+        tiny(config, "captioned_shapes")
         stage.shape = (32, 32, 3)
-        stage.low_res.update(factor=2, crop=16)
-        stage.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
+        stage.conditions.low_res.update(factor=2, crop=16)
         stage.net.update(channels=16, channel_mult=(1, 2, 2), attention=(), remat="none")
         stage.predicts = "v"  # with eps, reading the smaller picture takes far longer to learn than minutes
         stage.steps = "fast27"
-        stage.train.update(steps=1500, batch_size=32, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.995,))
+        stage.train.update(
+            num_train_steps=1500, batch_size=32, learning_rate=2e-3, anneal="cosine", grad_clip=1.0, ema=(0.995,)
+        )
         config.eval.update(num=100, batch_size=50)
     return config

@@ -8,23 +8,25 @@ Cost: the paper trained 800,000 steps in 10.6 hours on a TPU v3-8.
 Command: python -m diffax.main --config=configs/ddpm_cifar10.py --workdir=runs/ddpm_cifar10
 """
 
-from diffax.config import config_defaults, split_variant, tiny
+from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded digits, minutes on a CPU"}
 
 
 def get_config(variant: str = ""):
-    config = config_defaults("ddpm_cifar10")
+    config = new("ddpm_cifar10")
     stage = config.base
     stage.shape = (32, 32, 3)
-    stage.data.update(name="cifar10", flip=True)
+    stage.data = spec("data", "cifar10")
+    stage.loader.flip = True
     stage.net.update(channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, dropout=0.1)
     stage.net.update(attention=(2,), heads=1)  # at 16 pixels
     stage.net.update(sinusoid="ho", norm_eps=1e-6, downsample_pad="end", kernel_init="ho")
-    stage.schedule.update(name="linear", steps=1000, beta_start=1e-4, beta_end=0.02)
+    stage.schedule = spec("schedule", "linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
     stage.variance = "fixed_large"
-    stage.train.update(steps=800_000, batch_size=128, learning_rate=2e-4, warmup_steps=5000)
-    stage.train.update(clip=1.0, ema=(0.9999,))
+    stage.train.update(num_train_steps=800_000, batch_size=128, learning_rate=2e-4, warmup_steps=5000)
+    stage.train.update(grad_clip=1.0, ema=(0.9999,))
     if "tiny" in split_variant(variant, VARIANTS):
         tiny(config)
     return config

@@ -9,7 +9,8 @@ Cost: the paper's speed was 2.2 steps/s on a TPU v3-8: bedroom 2.4M steps, about
 Command: python -m diffax.main --config=configs/ddpm_lsun_256.py:church --workdir=runs/lsun_church
 """
 
-from diffax.config import config_defaults, split_variant, tiny
+from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "bedroom": "LSUN bedroom (the default)",
@@ -23,17 +24,18 @@ STEPS = {"bedroom": 2_400_000, "cat": 1_800_000, "church": 1_200_000}
 def get_config(variant: str = ""):
     parts = split_variant(variant, VARIANTS, exclusive=tuple(STEPS))
     scene = next((part for part in parts if part in STEPS), "bedroom")
-    config = config_defaults(f"ddpm_lsun_256_{scene}")
+    config = new(f"ddpm_lsun_256_{scene}")
     stage = config.base
     stage.shape = (256, 256, 3)
-    stage.data.update(name="folder", path=f"data/lsun_{scene}", flip=scene != "bedroom")
+    stage.data = spec("data", "folder", path=f"data/lsun_{scene}")
+    stage.loader.flip = scene != "bedroom"
     stage.net.update(channels=128, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, dropout=0.0)
     stage.net.update(attention=(16,), heads=1)  # at 16 pixels
     stage.net.update(sinusoid="ho", norm_eps=1e-6, downsample_pad="end", kernel_init="ho")
-    stage.schedule.update(name="linear", steps=1000, beta_start=1e-4, beta_end=0.02)
+    stage.schedule = spec("schedule", "linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
     stage.variance = "fixed_small"
-    stage.train.update(steps=STEPS[scene], batch_size=64, learning_rate=2e-5, warmup_steps=5000)
-    stage.train.update(clip=1.0, ema=(0.9999,))
+    stage.train.update(num_train_steps=STEPS[scene], batch_size=64, learning_rate=2e-5, warmup_steps=5000)
+    stage.train.update(grad_clip=1.0, ema=(0.9999,))
     config.sample.update(num=16, batch_size=16, columns=4)
     if "tiny" in parts:
         tiny(config, "photos")

@@ -11,7 +11,8 @@ To enlarge a picture: the same with --mode=sample --input=photo.png --prompt='wh
 The whole system: configs/glide.py
 """
 
-from diffax.config import config_defaults, load, split_variant, tiny
+from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "paper": "1.5 billion parameters, as in the paper",
@@ -21,37 +22,38 @@ VARIANTS = {
 
 def get_config(variant: str = ""):
     variants = split_variant(variant, VARIANTS)
-    config = config_defaults("glide_upsample_256", stages=("up",))
+    config = new("glide_upsample_256", stages=("up",))
     stage = config.up
     stage.shape = (256, 256, 3)
-    stage.takes = ("text", "low_res")
-    stage.low_res.update(factor=4)
-    stage.data.update(name="captions", path="data/captions")
+    stage.conditions = each("condition", "text", "low_res")
+    stage.conditions.low_res.factor = 4
+    stage.data = spec("data", "captions", path="data/captions")
     stage.net.update(channels=192, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, dropout=0.1)
     stage.net.update(attention=(8, 16, 32), head_channels=64)  # at 32, 16 and 8 pixels
     stage.net.update(scale_shift=True, resample="biggan", remat="blocks")
-    stage.schedule.update(name="linear", steps=1000, beta_start=1e-4, beta_end=0.02)
+    stage.schedule = spec("schedule", "linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
     stage.variance = "learned_range"
-    stage.loss.update(name="hybrid", weight=1.0)  # T / 1000
+    stage.loss = spec("loss", "hybrid", weight=1.0)  # T / 1000
     stage.steps = "fast27"
-    stage.sampler.update(name="ddim", temperature=0.997)
-    stage.train.update(steps=400_000, batch_size=512, learning_rate=1e-4, warmup_steps=0)
-    stage.train.update(optimizer="adamw", clip=0.0, ema=(0.9999,))
+    stage.sampler, stage.temperature = spec("sampler", "ddim"), 0.997
+    stage.train.update(num_train_steps=400_000, batch_size=512, learning_rate=1e-4, warmup_steps=0)
+    stage.train.update(optimizer=spec("optimizer", "adamw"), grad_clip=0.0, ema=(0.9999,))
     config.sample.update(num=16, batch_size=16, columns=4)
     config.eval.update(num=0, batch_size=16)  # enlarging takes long at this size
     if "paper" in variants:
         stage.net.channels = 384
-        stage.net.text.update(width=1024, layers=16, heads=16)
-        stage.train.steps = 1_600_000
+        stage.conditions.text.update(width=1024, layers=16, heads=16)
+        stage.train.num_train_steps = 1_600_000
     if "tiny" in variants:
-        tiny(config, "shapes")
+        tiny(config, "captioned_shapes")
         stage.shape = (32, 32, 3)
-        stage.low_res.factor = 2
-        stage.data.update(single=True, holdout=load("glide_base_64:tiny").base.data.holdout)
+        stage.conditions.low_res.factor = 2
         stage.net.update(channels=16, channel_mult=(1, 2, 2), attention=(4,), head_channels=16, remat="none")
         stage.predicts = "v"  # with eps, reading the smaller picture takes far longer to learn than minutes
         stage.steps = "fast27"
-        stage.train.text_rate = 0.05  # see the base model
-        stage.train.update(steps=3000, batch_size=16, learning_rate=2e-3, anneal="cosine", clip=1.0, ema=(0.995,))
+        stage.conditions.text.rate = 0.05  # see the base model
+        stage.train.update(
+            num_train_steps=3000, batch_size=16, learning_rate=2e-3, anneal="cosine", grad_clip=1.0, ema=(0.995,)
+        )
         config.eval.update(num=100, batch_size=50)
     return config

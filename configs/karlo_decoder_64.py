@@ -1,6 +1,6 @@
 """The decoder of karlo v1.0-alpha: 64x64 pictures from an image embedding and a caption (kakaobrain/karlo).
 
-893,318,086 parameters. All is told in configs/karlo.py, of which this is one network with what it needs.
+893,318,086 parameters. This is one network of configs/karlo.py, which describes the whole system, with what it needs.
 
 Data: a folder of pictures with captions, data/captions below the current one, or --config.decoder.data.path=FOLDER.
 Cost: 1,000,000 steps.
@@ -8,7 +8,7 @@ Command: python -m diffax.main --config=configs/karlo_decoder_64.py --config.cli
 The whole system: configs/karlo.py
 """
 
-from diffax.config import load, split_variant
+from diffax.config import load, spec, split_variant
 
 VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
 
@@ -17,8 +17,7 @@ def get_config(variant: str = ""):
     is_tiny = "tiny" in split_variant(variant, VARIANTS)
     config = load("karlo:tiny" if is_tiny else "karlo")
     config.name, config.stages = "karlo_decoder_64" + "_tiny" * is_tiny, ("decoder",)
-    with config.unlocked():
-        for name in ("prior", "up", "up_last"):
-            del config[name]
-    config.eval.update(num=0, guidance=(), judge="svc")
+    for name in ("prior", "up", "up_last"):
+        del config[name]
+    config.eval.update(num=0, guidance=(), classifier=spec("evaluation", "svc"))
     return config

@@ -126,7 +126,7 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
       UserError: no such config, variant or field, or a value of the wrong type.
     """
     text, _, variant = os.fspath(path_or_name).partition(":")
-    module = _import(_find(text))
+    module = _import(find(text))
     if not hasattr(module, "get_config"):
         raise UserError(f"{text} has no function get_config(variant); it is not a config file")
     split_variant(variant, getattr(module, "VARIANTS", {}))
@@ -247,7 +247,13 @@ def _names() -> list[str]:
     )
 
 
-def _find(text: str) -> Path:
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """The file of a config, given as for `load`; nothing is read.
+
+    Raises:
+      UserError: there is no such file and no config of that name.
+    """
+    text = os.fspath(path_or_name).partition(":")[0]
     try:
         path = Path(text).expanduser()
         is_file = path.suffix == ".py" and path.is_file()
@@ -324,7 +330,14 @@ def check(config: Mapping[str, Any], *, device_count: int = 1, process_count: in
     system = System(config)
     system.check()
     for name in system.trained:
+        components.build(config[name]["data"], "data", path=f"config.{name}.data")
         _check_train(config[name]["train"], f"config.{name}.train", device_count, process_count)
+        embeddings = config[name]["loader"]["embeddings"]
+        if embeddings and not system.model(name).frozen:
+            raise UserError(
+                f"config.{name}.loader.embeddings is {shown(embeddings)}, but config.{name} reads no embedding; leave "
+                "it empty"
+            )
     _check_scores(config, system)
 
 
@@ -380,6 +393,11 @@ def _check_scores(config: Mapping[str, Any], system: Any) -> None:
         raise UserError(
             f"config.eval.bpd_num must be 0, as config.{generators[-1].name} has a CLIP's embeddings for a condition, "
             f"got {score['bpd_num']}"
+        )
+    if config["sample"]["save"] and any(c.stops_before for model in generators for c in model.conditions.values()):
+        raise UserError(
+            "config.sample.save keeps clean pictures, but conditions.low_res.truncated of a stage leaves noise on "
+            "those of the stage before; set one of them to false"
         )
     if config["sample"]["prompts"] and not any(
         c.argument == "prompt" for model in generators for c in model.given.values()
@@ -437,3 +455,29 @@ def identity(config: Mapping[str, Any], name: str, *, training: bool = False) ->
     """
     found = components.identity(section_fields(config, name), config[name], training=training)
     return {f"config.{name}.{field}": value for field, value in found.items()}
+
+
+# ---- from Python ----------------------------------------------------------------------------------------------------
+
+
+class _Callable(ModuleType):
+    """A module that can be called: `diffax.config(...)` is `load`, and `diffax.config.load` stays where it is."""
+
+    def __call__(self, path_or_name: str | os.PathLike[str], *overrides: str) -> ConfigDict:
+        """Reads a config: `diffax.config("cascade_64:tiny", "base.train.num_train_steps=20")`.
+
+        Args:
+          path_or_name: see `load`.
+          *overrides: fields, with or without `config.` in front.
+
+        Returns:
+          The config; `diffax.train` checks it.
+
+        Raises:
+          UserError: see `load`.
+        """
+        whole = [text.removeprefix("--") for text in overrides]
+        return load(path_or_name, [text if text.startswith("config.") else f"config.{text}" for text in whole])
+
+
+sys.modules[__name__].__class__ = _Callable

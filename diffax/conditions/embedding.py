@@ -146,6 +146,9 @@ class ImageEmbedding(Condition):
         return self.clip.shape[:2]
 
     def check(self, model: Any) -> None:
+        if self.clip.noised:
+            name = self.clip.name
+            raise ValueError(f"the CLIP {name} must be one of clean pictures; set config.{name}.noised to false")
         height, width, channels = self.clip.shape
         if len(self.shape) == 3 and (self.shape[0] * width != self.shape[1] * height or self.shape[2] != channels):
             raise ValueError(

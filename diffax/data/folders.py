@@ -28,6 +28,7 @@ def folder(*, path: Annotated[str, RUNTIME] = "", split: Annotated[str, TRAINING
       path: of the folder.
       split: one of its sub-folders, if these are called train, test or val; else 'train'.
     """
+    _check_path(path)
     return Splits(lambda shape, split: read_folder(path, split, shape[2]), split)
 
 
@@ -39,7 +40,13 @@ def captions(*, path: Annotated[str, RUNTIME] = "", split: Annotated[str, TRAINI
       path: of the folder.
       split: one of its sub-folders, if these are called train, test or val; else 'train'.
     """
+    _check_path(path)
     return Splits(lambda shape, split: read_captions(path, split, shape[2]), split)
+
+
+def _check_path(path: str) -> None:
+    if not path:
+        raise ValueError("path must name the folder of the images, got ''")
 
 
 def read_folder(path: str, split: str, channels: int) -> Source:

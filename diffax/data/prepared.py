@@ -31,6 +31,8 @@ def prepared(
       split: as TFDS writes it: 'train', 'train[:10%]', 'train+test'.
       label: the column of classes that is the label, of data with several.
     """
+    if not path:
+        raise ValueError("path must name the folder of a prepared TFDS dataset, got ''")
     return Splits(lambda shape, split: read_prepared(open_prepared(path), split, shape[2], label), split)
 
 

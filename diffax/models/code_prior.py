@@ -18,7 +18,7 @@ from diffax.models.base import Params
 from diffax.models.best_of import best_of
 from diffax.models.diffusion import STATISTICS
 from diffax.models.guidance import Guidance, as_scale, scale_of
-from diffax.models.targets import Embeddings
+from diffax.models.targets import Embeddings, check_clean
 from diffax.networks.conditioned import Conditioned
 from diffax.networks.context import Context, merge
 from diffax.networks.layers import Style
@@ -367,6 +367,7 @@ def _build(shape, clip, net, conditions, fields, condition_dropout, guidance, te
         raise ValueError(f"conditions must have 'text_embedding' for a code prior, got {[*conditions]}")
     if clip is None or tuple(shape) != (clip.features,):
         raise ValueError(f"shape must be the features of its CLIP, got {shape}")
+    check_clean(clip)
     if fields.components > shape[0]:
         raise ValueError(f"codes.components must be at most the {shape[0]} dimensions, got {fields.components}")
     if fields.examples < max(fields.buckets, fields.components):
@@ -402,6 +403,7 @@ def _build(shape, clip, net, conditions, fields, condition_dropout, guidance, te
             raise ValueError(f"guidance of a code prior can be 'classifier_free' alone, got {[*guidance]}")
         part.check(model)
     scale_of(guidance)
+    base.check_sequences(model.net, every, (fields.components,))
     return best_of(model, candidates)
 
 

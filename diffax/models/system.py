@@ -5,8 +5,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from diffax import components
 from diffax.errors import UserError
+from diffax.models.cascade import stop_of
 
 
 class System:
@@ -90,9 +94,12 @@ class System:
             self.model(name)
         before = None
         for model in self.generators:
-            if before is not None and len(model.shape) == 3:
+            if len(model.shape) != 3:
+                continue
+            if before is not None:
                 _check_follows(before, model)
-            before = model if len(model.shape) == 3 else before
+            _check_truncated(before, model)
+            before = model
 
 
 def _check_follows(before: Any, model: Any) -> None:
@@ -109,11 +116,21 @@ def _check_follows(before: Any, model: Any) -> None:
             f"{path}.conditions.{before.output}.factor {condition.factor} takes pictures of {tuple(condition.small)} "
             f"to {tuple(model.shape)}, but config.{before.name}.shape is {tuple(before.shape)}"
         )
-    if condition.stops_before is None:
-        return
-    from diffax.models.cascade import stop_of
 
+
+def _check_truncated(before: Any, model: Any) -> None:
+    """Raises UserError if the model before cannot stop at the noise level from which this one goes on."""
+    name = next((key for key, condition in model.conditions.items() if condition.stops_before is not None), None)
+    if name is None:
+        return
+    path = f"config.{model.name}.conditions.{name}"
+    if before is None:
+        raise UserError(f"{path}.truncated needs a stage before that stops early; set it to false")
+    u = np.arange(1, 9) / 8
+    mine, its = (jax.tree.leaves(m.schedule(u)) for m in (model, before))
+    if not np.allclose(mine, its):
+        raise UserError(f"{path}.truncated needs the schedule of config.{before.name}; make them equal")
     try:
         before.until(stop_of(before, model))
     except ValueError as error:
-        raise UserError(f"{path}.conditions.{before.output}.level: {error}") from None
+        raise UserError(f"{path}.level {model.conditions[name].stops_before:g}: {error}") from None

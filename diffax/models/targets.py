@@ -39,7 +39,8 @@ class Pictures(NamedTuple):
     def prepare(self, params: Mapping[str, Params], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The pictures of a batch in this size."""
         image = batch["image"]
-        return {"image": augment.area_downsample(image, image.shape[1] // self.shape[0])}
+        times = image.shape[1] // self.shape[0]
+        return {"image": image if times == 1 else augment.area_downsample(image, times)}
 
     def to_x(self, value: Array) -> Array:
         """What diffusion works on."""
@@ -103,6 +104,12 @@ class Embeddings(NamedTuple):
 Target = Pictures | Embeddings
 
 
+def check_clean(clip: Any) -> None:
+    """Raises ValueError if a CLIP whose image embeddings are read is one of noisy pictures."""
+    if clip.noised:
+        raise ValueError(f"the CLIP {clip.name} must be one of clean pictures; set config.{clip.name}.noised to false")
+
+
 def target_of(clip: Any, shape: tuple[int, ...], conditions: Mapping[str, Condition]) -> Target:
     """What a model with this shape makes; embeddings if it has a CLIP.
 
@@ -112,6 +119,7 @@ def target_of(clip: Any, shape: tuple[int, ...], conditions: Mapping[str, Condit
     if clip is not None:
         if tuple(shape) != (clip.features,):
             raise ValueError(f"shape must be ({clip.features},), the features of the CLIP {clip.name}, got {shape}")
+        check_clean(clip)
         return Embeddings(clip)
     if len(shape) != 3:
         raise ValueError(f"shape must be (height, width, channels), got {shape}")

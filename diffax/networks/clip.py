@@ -381,6 +381,8 @@ def clip(
       dtype: what layers compute in.
       remat: 'blocks' computes blocks again in the backward pass.
     """
+    if text.vocab_size and text.vocab_size < vocab_size:
+        raise ValueError(f"text.vocab_size must be 0 or at least {vocab_size}, the tokenizer's, got {text.vocab_size}")
     ids = {"vocab_size": text.vocab_size or vocab_size, "length": length}
     image, text = ({k: v for k, v in vars(tower).items() if v != ""} for tower in (image, text))
     return build(

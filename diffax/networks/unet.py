@@ -89,6 +89,8 @@ class Encoder(nn.Module):
         """Raises ValueError if the network cannot run on images of shape (H, W, C)."""
         if len(shape) != 3:
             raise ValueError(f"net runs on images (height, width, channels), but shape is {tuple(shape)}")
+        if self.channels % 2:
+            raise ValueError(f"net.channels must be even, got {self.channels}")
         factors = [2**level for level in range(len(self.widths))]
         for factor in self.attends_at - {*factors}:
             raise ValueError(f"net.attention {factor} is no downsampling factor of this network; they are {factors}")
