@@ -682,7 +682,8 @@ def _override_each(nested: Each, section: ConfigDict, names: list[str], text: st
         if not re.fullmatch("[a-z][a-z0-9_]*", name):
             raise UserError(f"{here} is no name of small letters, digits and '_'")
         if text.strip().lower() == "none":
-            section.pop(name, None)
+            if name in section:
+                del section[name]
         else:
             section[name] = _named(nested.kind, section.get(name, {}), text, here)
         return
