@@ -335,8 +335,8 @@ def check(config: Mapping[str, Any], *, device_count: int = 1, process_count: in
         embeddings = config[name]["loader"]["embeddings"]
         if embeddings and not system.model(name).frozen:
             raise UserError(
-                f"config.{name}.loader.embeddings is {shown(embeddings)}, but config.{name} reads no embedding; leave it "
-                "empty"
+                f"config.{name}.loader.embeddings is {shown(embeddings)}, but config.{name} reads no embedding; leave "
+                "it empty"
             )
     _check_scores(config, system)
 
@@ -396,8 +396,8 @@ def _check_scores(config: Mapping[str, Any], system: Any) -> None:
         )
     if config["sample"]["save"] and any(c.stops_before for model in generators for c in model.conditions.values()):
         raise UserError(
-            "config.sample.save keeps clean pictures, but conditions.low_res.truncated of a stage leaves noise on those "
-            "of the stage before; set one of them to false"
+            "config.sample.save keeps clean pictures, but conditions.low_res.truncated of a stage leaves noise on "
+            "those of the stage before; set one of them to false"
         )
     if config["sample"]["prompts"] and not any(
         c.argument == "prompt" for model in generators for c in model.given.values()

@@ -77,9 +77,7 @@ def _drawing(config: Mapping[str, Any], workdir: pathlib.Path, class_names: Sequ
     return draw
 
 
-def _accuracy(
-    config: Mapping[str, Any], model: Any, workdir: pathlib.Path, class_names: Sequence[str]
-) -> Show | None:
+def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, class_names: Sequence[str]) -> Show | None:
     """Writes the held-out accuracy of a classifier or a CLIP; None without held-out data."""
     from diffax.evaluation import scores
 

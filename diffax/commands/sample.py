@@ -220,9 +220,7 @@ def enlarge_picture(
     print(f"input, bicubic and result: {path}\nresult: {alone}")
 
 
-def enlarge_samples(
-    job: Job, sample_fn: SampleFn, path: pathlib.Path, prompts: Sequence[str] = ()
-) -> dict[str, Any]:
+def enlarge_samples(job: Job, sample_fn: SampleFn, path: pathlib.Path, prompts: Sequence[str] = ()) -> dict[str, Any]:
     """Enlarges the samples of an --input file, or held-out pictures, and draws the first ones.
 
     Returns:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax.conditions.base import Condition
+from diffax.conditions.base import Condition, zeros
 from diffax.data.pipeline import Column
 from diffax.diffusion import augment, samplers
 
@@ -227,6 +227,18 @@ def columns_of(conditions: Mapping[str, Condition]) -> dict[str, Column]:
     """What all conditions read of the data, by its name in a batch."""
     columns = {name: column for c in conditions.values() for name, column in c.columns().items()}
     return {name: Column(key, convert) if convert else Column(key) for name, (key, convert) in columns.items()}
+
+
+def check_sequences(net: Any, conditions: Mapping[str, Condition], shape: tuple[int, ...]) -> None:
+    """Raises ValueError if the sequences that conditions make for one network differ in width."""
+    if sum(hasattr(c, "width") for c in conditions.values()) < 2:
+        return
+    inputs, z = {name: zeros(c.example()) for name, c in conditions.items()}, jnp.zeros((1, *shape))
+    contexts, _ = jax.eval_shape(lambda key: net.init_with_output(key, inputs, z, method="encode"), jax.random.key(0))
+    widths = {name: c.sequence.shape[-1] for name, c in contexts.items() if c.sequence is not None}
+    if len({*widths.values()}) > 1:
+        found = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ValueError(f"conditions must make sequences of one width, got {found}; set their width alike")
 
 
 def clip_of(model: Model) -> Any | None:

@@ -403,6 +403,7 @@ def _build(shape, clip, net, conditions, fields, condition_dropout, guidance, te
             raise ValueError(f"guidance of a code prior can be 'classifier_free' alone, got {[*guidance]}")
         part.check(model)
     scale_of(guidance)
+    base.check_sequences(model.net, every, (fields.components,))
     return best_of(model, candidates)
 
 

@@ -347,7 +347,7 @@ class DiffusionModel:
         if len(chosen.t.logsnr) < 2:
             raise ValueError("inversion takes two steps or more")
         climb = chosen[::-1]
-        table = climb[:-1].replace(s=climb[1:].t)
+        table = dataclasses.replace(climb[:-1], s=climb[1:].t)
         return dataclasses.replace(self, steps=table, sampler=samplers.ddim(eta=0.0), guidance={})
 
     # ---- scores
@@ -456,6 +456,13 @@ def _check_choices(predicts: str, variance: str | float, loss: Any, schedule: No
         )
 
 
+def _grid(schedule: NoiseSchedule, steps: str) -> Transition:
+    try:
+        return schedules.build_steps(schedule, steps)
+    except ValueError as error:
+        raise ValueError(f"steps {steps!r} do not fit the schedule: {error}") from None
+
+
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range", "analytic"]
 
 
@@ -533,10 +540,11 @@ def diffusion(
         guidance=guidance,
         sampler=sampler,
         temperature=temperature,
-        steps=schedules.build_steps(schedule, steps),
+        steps=_grid(schedule, steps),
         nulls={key: c.null({}) for key, c in made.items() if drops and c.can_drop},
     )
     for part in (*guidance.values(), *made.values()):
         part.check(model)
     scale_of(guidance)
+    base.check_sequences(model.net, made, shape)
     return best_of(model, candidates)

@@ -56,7 +56,9 @@ def sample_to_folder(
         _check_same(listing, stated)
     if process_index == 0:
         images.write_atomically(listing, lambda file: file.write((json.dumps(stated, indent=2) + "\n").encode()))
-    every = {folder / f"samples_{first:08d}.npz": (first, min(per_file, num - first)) for first in range(0, num, per_file)}
+    every = {
+        folder / f"samples_{first:08d}.npz": (first, min(per_file, num - first)) for first in range(0, num, per_file)
+    }
     for path in reporting.progress_bar([*every][process_index::process_count], "files of samples"):
         first, count = every[path]
         if not _holds(path, count):

@@ -1,7 +1,7 @@
 """Pickles of `torch.save`, taken apart by a reader that knows tensors and plain containers alone.
 
-A pickle may call any function. Here it is scanned before it is run, and every name in it stands for one of a few objects
-of this file: nothing that a file asks for is executed.
+A pickle may call any function. Here it is scanned before it is run, and every name in it stands for one of a few
+objects of this file: nothing that a file asks for is executed.
 """
 
 import dataclasses
