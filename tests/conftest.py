@@ -32,7 +32,6 @@ os.environ.setdefault(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from diffax import main  # noqa: E402
 from diffax.training import cpu_flags, parallel  # noqa: E402
 
 # So that a command run inside the tests computes exactly what it computes as a process of its own.

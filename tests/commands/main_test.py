@@ -100,7 +100,7 @@ class TestSampleFn:
             ({"label": -1}, "label -1 is out of range"),
             ({"label": [0.5]}, "label is"),
             ({"label": "three"}, "label is"),
-            ({"label": []}, "nothing to sample"),
+            ({"label": []}, "label is"),
             ({"label": 1, "n": 0}, "nothing to sample"),
             ({"label": [1, 2], "n": 3}, "2 values of label for 3 pictures"),
             ({"label": 1, "prompt": "a"}, "no condition 'prompt'"),
