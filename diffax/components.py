@@ -188,6 +188,11 @@ class Fields(ConfigDict):
             else:
                 self[name] = value
 
+    def __repr__(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=repr)  # ConfigDict's own would sort the fields
+
+    __str__ = __repr__
+
 
 # ---- finding components ---------------------------------------------------------------------------------------------
 
