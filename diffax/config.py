@@ -126,7 +126,7 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
       UserError: no such config, variant or field, or a value of the wrong type.
     """
     text, _, variant = os.fspath(path_or_name).partition(":")
-    module = _import(_find(text))
+    module = _import(find(text))
     if not hasattr(module, "get_config"):
         raise UserError(f"{text} has no function get_config(variant); it is not a config file")
     split_variant(variant, getattr(module, "VARIANTS", {}))
@@ -247,7 +247,13 @@ def _names() -> list[str]:
     )
 
 
-def _find(text: str) -> Path:
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """The file of a config, given as for `load`; nothing is read.
+
+    Raises:
+      UserError: there is no such file and no config of that name.
+    """
+    text = os.fspath(path_or_name).partition(":")[0]
     try:
         path = Path(text).expanduser()
         is_file = path.suffix == ".py" and path.is_file()
@@ -449,3 +455,29 @@ def identity(config: Mapping[str, Any], name: str, *, training: bool = False) ->
     """
     found = components.identity(section_fields(config, name), config[name], training=training)
     return {f"config.{name}.{field}": value for field, value in found.items()}
+
+
+# ---- from Python ----------------------------------------------------------------------------------------------------
+
+
+class _Callable(ModuleType):
+    """A module that can be called: `diffax.config(...)` is `load`, and `diffax.config.load` stays where it is."""
+
+    def __call__(self, path_or_name: str | os.PathLike[str], *overrides: str) -> ConfigDict:
+        """Reads a config: `diffax.config("cascade_64:tiny", "base.train.num_train_steps=20")`.
+
+        Args:
+          path_or_name: see `load`.
+          *overrides: fields, with or without `config.` in front.
+
+        Returns:
+          The config; `diffax.train` checks it.
+
+        Raises:
+          UserError: see `load`.
+        """
+        whole = [text.removeprefix("--") for text in overrides]
+        return load(path_or_name, [text if text.startswith("config.") else f"config.{text}" for text in whole])
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """The run started and cannot go on: disk full, repeated non-finite steps. Exit status 1."""
+
+
+class Preempted(Exception):
+    """A signal stopped a run, and its state is saved. Exit status 75: the same command continues it."""

@@ -241,6 +241,12 @@ def check_sequences(net: Any, conditions: Mapping[str, Condition], shape: tuple[
         raise ValueError(f"conditions must make sequences of one width, got {found}; set their width alike")
 
 
+def clip_of(model: Model) -> Any | None:
+    """The CLIP whose embeddings a model makes or is conditioned on; None if there is none."""
+    parts = (getattr(model, "target", None), *model.conditions.values())
+    return next((part.clip for part in parts if getattr(part, "clip", None) is not None), None)
+
+
 def edit_of(conditions: Mapping[str, Condition]) -> Callable | None:
     """The change of training pictures on the host that one of the conditions wants; None if none does."""
     return next((c.edit for c in conditions.values() if c.edit is not None), None)

@@ -347,7 +347,7 @@ class DiffusionModel:
         if len(chosen.t.logsnr) < 2:
             raise ValueError("inversion takes two steps or more")
         climb = chosen[::-1]
-        table = climb[:-1].replace(s=climb[1:].t)
+        table = dataclasses.replace(climb[:-1], s=climb[1:].t)
         return dataclasses.replace(self, steps=table, sampler=samplers.ddim(eta=0.0), guidance={})
 
     # ---- scores

@@ -181,7 +181,7 @@ def clip(
 
     def check(model: Any) -> None:
         if not section.noised:
-            raise ValueError(f"{section.name}.net.image.noised must be true for a CLIP that guides {model.name}")
+            raise ValueError(f"{section.name}.noised must be true for a CLIP that guides {model.name}")
         _check_same(model, section, "shape")
 
     return Guidance(

@@ -39,7 +39,8 @@ class Pictures(NamedTuple):
     def prepare(self, params: Mapping[str, Params], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The pictures of a batch in this size."""
         image = batch["image"]
-        return {"image": augment.area_downsample(image, image.shape[1] // self.shape[0])}
+        times = image.shape[1] // self.shape[0]
+        return {"image": image if times == 1 else augment.area_downsample(image, times)}
 
     def to_x(self, value: Array) -> Array:
         """What diffusion works on."""

@@ -60,6 +60,26 @@ def conditions_for(sample_fn: SampleFn, n: int, prompts: Sequence[str] = ()) -> 
     return {name: condition.choose(n, offer) for name, condition in sample_fn.arguments.items() if name != "image"}
 
 
+def arguments_of(sample_fn: SampleFn, examples: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of a call that makes pictures like held-out ones: their labels, captions, smaller pictures.
+
+    Args:
+      sample_fn: the trained model.
+      examples: 'image' [n, H, W, C], of a multiple of the model's size, and what the records hold besides, by name.
+    """
+    image, found = examples["image"], {}
+    offer = Offer([], lambda n: examples, lambda pictures: sample_fn.embed(pictures))
+    for name, condition in sample_fn.arguments.items():
+        keys = [key for key, _ in condition.columns().values()]
+        if name == "image":
+            found[name] = smaller(image, image.shape[1] // condition.small[0])
+        elif keys:
+            found[name] = examples[keys[0]]
+        else:
+            found[name] = condition.choose(len(image), offer)
+    return found
+
+
 def captions_of(sample_fn: SampleFn, values: Mapping[str, Any], class_names: Sequence[str]) -> list[str] | None:
     """What stands below pictures that were made with these values of the arguments; the prompt before a label."""
     for name in sorted(values, key=lambda name: name != "prompt"):

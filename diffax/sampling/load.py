@@ -10,6 +10,7 @@ from diffax import weights
 from diffax.errors import UserError
 from diffax.models.system import System
 from diffax.sampling.sample_fn import SampleFn
+from diffax.training import cpu_flags
 from diffax.training import workdir as workdirs
 
 Path = str | os.PathLike[str]
@@ -42,6 +43,7 @@ def load(
     Raises:
       UserError: there is no such workdir, config, checkpoint, step or average; or no stage that makes pictures.
     """
+    cpu_flags.set_cpu_flags()
     files = next((f for f in (checkpoint, source) if f is not None and weights.is_weights(f)), None)
     if files is not None:
         found, params, steps = weights.load(files, source if files is checkpoint else None)

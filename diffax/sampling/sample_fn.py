@@ -15,7 +15,7 @@ from diffax.conditions.text import as_texts
 from diffax.data import images
 from diffax.errors import UserError
 from diffax.models import cascade
-from diffax.models.base import Generator, Sampling, Start
+from diffax.models.base import Generator, Sampling, Start, clip_of
 from diffax.training import parallel, reporting
 
 Params = Any
@@ -96,11 +96,10 @@ class SampleFn:
         Raises:
           UserError: there is none.
         """
-        for model in self.models:
-            for part in (*model.conditions.values(), model.target):
-                if getattr(part, "clip", None) is not None:
-                    return part.clip
-        raise UserError("no stage has a CLIP's embeddings; sample_fn; load a model with a CLIP")
+        found = next((clip for clip in map(clip_of, self.models) if clip is not None), None)
+        if found is None:
+            raise UserError("no stage has a CLIP's embeddings; sample_fn; load a model with a CLIP")
+        return found
 
     # ---- sampling
 
@@ -338,12 +337,12 @@ class SampleFn:
         for model in self.models:
             its = given[model.name] = {}
             for name, condition in model.given.items():
+                level_of = levels.get((model.name, name), {})
                 if name not in self.given[model.name]:
-                    its[name] = dict(levels.get(model.name, {}))
+                    its[name] = level_of
                 elif condition.argument in conditions:
                     its[name] = condition.from_user(conditions[condition.argument], n)
-                    if model.name in levels:
-                        its[name] = {**its[name], **levels[model.name]} if isinstance(its[name], Mapping) else its[name]
+                    its[name] = {**its[name], **level_of} if level_of else its[name]
                 else:
                     its[name] = condition.absent(n)
         self._check_size(given)
@@ -372,12 +371,12 @@ class SampleFn:
         none = "this model has no guidance with a scale; sample_fn; see `guidance` of a stage in the config"
         return _numbers("guidance", guidance, own, n, none=none)
 
-    def _levels(self, level: Any, n: int) -> dict[str, dict[str, np.ndarray]]:
-        """{model that enlarges a noised picture: {'level': [n] float32}}."""
+    def _levels(self, level: Any, n: int) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        """{(model that enlarges a noised picture, its condition): {'level': [n] float32}}."""
         noised = noised_conditions(self.models)
         own = {name: c.level for name, c in noised.items()}
         levels = _numbers("level", level, own, n, none="no stage has a noised smaller picture; sample_fn(level=...)")
-        return {name: noised[name].levels(values, n) for name, values in levels.items()}
+        return {(name, noised[name].name): noised[name].levels(values, n) for name, values in levels.items()}
 
     def _by_stage(self, what: str, given: Any) -> tuple[tuple[str, str], ...]:
         """((stage, choice), ...) of one choice for all stages or {stage: choice}."""

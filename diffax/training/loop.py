@@ -19,16 +19,12 @@ import numpy as np
 
 from diffax import components
 from diffax.data import plots
-from diffax.errors import RunError, UserError
+from diffax.errors import Preempted, RunError, UserError
 from diffax.training import checkpoints, optimizer, parallel, processes, reporting, settings
 from diffax.training.step import Params, Trainable, TrainState, init_state, train_step
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 OnSample = Callable[[Params, int], None]
-
-
-class Preempted(Exception):
-    """A signal stopped the run, and its state is saved. Exit status 75: the same command continues it."""
 
 
 class Run:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import absl.logging
 
+from diffax import weights
 from diffax.errors import RunError, UserError
-from diffax.weights import published
 
 DESCRIPTION = "Published weights to a workdir that diffax samples from, and a trained workdir back to PyTorch's names."
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         help=".pt, .pth, .ckpt or .safetensors files or folders of diffusers or transformers that make one system (of "
         "karlo the folder of all), and the workdir to write; or a workdir and the .safetensors file to export it to",
     )
-    p.add_argument("--model", help="the config or published file that it is (default: told from names and shapes)")
+    p.add_argument("--model", help="the config or published file that it is (default: recognised by names and shapes)")
     p.add_argument("--to", choices=("diffax", "safetensors"), default="diffax", help="what to write (default diffax)")
     p.add_argument("--stage", help="--to=safetensors: the stage, where there are several")
     p.add_argument("--ema", help="which of several state dicts in a file; --to=safetensors: which average, as 0.9999")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def list_text() -> str:
     """A line for each published file: name, number of parameters, config, and where it lies."""
     rows = [("file", "parameters", "config", "section", "from")]
-    for row in published.PUBLISHED:
+    for row in weights.PUBLISHED:
         rows.append((row.file, f"{row.parameters:,}", row.config or "-", row.section, row.place))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -60,7 +60,7 @@ def list_text() -> str:
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 1 (failed) or 2 (bad input)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells of every save
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs every save
     try:
         args = parser().parse_args(argv)
         if args.list:
@@ -69,16 +69,16 @@ def run(argv: Sequence[str] | None = None) -> int:
             raise UserError("a source and a workdir are needed; command line; see --help")
         elif args.to == "safetensors":
             if len(args.paths) > 2:
-                raise UserError("--to=safetensors takes one workdir and one file; command line; see --help")
+                raise UserError("--to=safetensors needs one workdir and one file; command line; see --help")
             source, target = args.paths
-            step = published.export(
+            step = weights.export(
                 source, target, stage=args.stage, decay=args.ema, attention_order=args.attention_order
             )
             print(f"step {step}: {target}")
         else:
             *files, target = args.paths
-            found = published.match_all(files, model=args.model, which=args.ema, attention_order=args.attention_order)
-            config = published.save(found, target)
+            found = weights.match_all(files, model=args.model, which=args.ema, attention_order=args.attention_order)
+            config = weights.save(found, target)
             for name in (name for m in found for name in m.sections):
                 print(f"{name} of {config['name']}: {pathlib.Path(target) / name}")
         return 0

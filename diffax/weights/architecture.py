@@ -120,9 +120,8 @@ def image_model(
       clip: see `Architecture`.
     """
     learned = {"variance": "learned_range", "loss": spec("loss", "hybrid")} if out_channels > shape[-1] else {}
-    section = configs.section("diffusion", shape=tuple(shape), net=net, **learned)
-    for name, condition in conditions.items():
-        section.conditions[name] = condition
+    made = components.each("condition", **conditions)
+    section = configs.section("diffusion", shape=tuple(shape), net=net, conditions=made, **learned)
     return Architecture(section, out_channels, attention_order, clip)
 
 

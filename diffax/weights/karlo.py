@@ -12,7 +12,7 @@ import flax.linen as nn
 import numpy as np
 
 from diffax import config as configs
-from diffax.components import spec
+from diffax.components import each, spec
 from diffax.weights import diffusers, openai
 from diffax.weights.architecture import Architecture, ClipSizes, Ids, image_model, refuse
 from diffax.weights.diffusers import PROJECTIONS, split_qkv_bias, split_qkv_kernel
@@ -289,8 +289,9 @@ def _prior_config(model: str, c: dict[str, Any], image_size: int) -> Architectur
     net = spec("network", "prior", width=c["xf_width"], layers=c["xf_layers"], heads=c["xf_heads"])
     net.final_norm = bool(c["xf_final_ln"])
     section = configs.section("diffusion", shape=(size,), clip="clip", net=net, predicts="x", variance="fixed_small")
-    section.conditions.text_features = spec("condition", "text_features")
-    section.conditions.text_embedding = spec("condition", "text_embedding", enters="token")
+    section.conditions = each(
+        "condition", "text_features", text_embedding=spec("condition", "text_embedding", enters="token")
+    )
     return Architecture(section, size, clip=ClipSizes(size, size, Ids(length=c["text_ctx"])))
 
 

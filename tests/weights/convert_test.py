@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from diffax import weights
-from diffax.networks import build
-from diffax.weights import diffusers, glide, openai
+from diffax.components import spec
+from diffax.weights import diffusers, glide, karlo, openai
 from diffax.weights import table as tables
+from diffax.weights.architecture import image_model
 
-FOLDER = pathlib.Path(__file__).parent / "golden"
+FOLDER = pathlib.Path(__file__).parent.parent / "golden"
 MANIFEST = FOLDER / "manifest_full_size.json"
 CLASSES = ("UNetModel", "SuperResModel", "EncoderUNetModel", "UNet2DModel", *glide.MODELS)
 PUBLISHED = {
@@ -28,14 +29,14 @@ def architecture_and_table(entry):
     if entry["class"] == "UNet2DModel":
         architecture = diffusers.net_config(constructor)
         flip = constructor["flip_sin_to_cos"]
-        return architecture, diffusers.table(architecture.build(), architecture.shape, flip_sin_to_cos=flip)
+        return architecture, diffusers.table(architecture.model(), flip_sin_to_cos=flip)
     size = args.get("large_size") or args["image_size"]
     if entry["class"] in glide.MODELS:
         architecture = glide.net_config(constructor, model=entry["class"], image_size=size)
-        return architecture, glide.table(architecture.build(), architecture.shape)
+        return architecture, glide.table(architecture.model())
     architecture = openai.net_config(constructor, model=entry["class"], image_size=size)
     order = architecture.attention_order
-    return architecture, openai.table(architecture.build(), architecture.shape, attention_order=order)
+    return architecture, openai.table(architecture.model(), attention_order=order)
 
 
 def torch_shapes(table):
@@ -58,7 +59,9 @@ def test_published_models_of_the_same_weights_are_the_same_network():
         if "state_dict" not in entry:
             twin = PUBLISHED[entry["same_state_dict_as"]]
             ours, theirs = (openai.net_config(e["constructor"], model=e["class"], image_size=64) for e in (entry, twin))
-            assert ours._replace(net=ours.net | {"dropout": 0.0}) == theirs._replace(net=theirs.net | {"dropout": 0.0})
+            for architecture in (ours, theirs):
+                architecture.net.dropout = 0.0
+            assert ours == theirs
 
 
 GUIDED = dict(
@@ -80,10 +83,10 @@ def small(kind):
     if kind.startswith("glide"):
         model = {"glide": "Text2ImUNet", "glide inpaint": "SuperResInpaintText2ImUnet"}[kind]
         architecture = glide.net_config(GLIDE | dict(xf_padding=kind == "glide"), model=model, image_size=8)
-        return architecture, glide.table(architecture.build(), architecture.shape)
+        return architecture, glide.table(architecture.model())
     if kind == "diffusers":
         architecture = diffusers.net_config(DIFFUSERS)
-        return architecture, diffusers.table(architecture.build(), architecture.shape, flip_sin_to_cos=False)
+        return architecture, diffusers.table(architecture.model(), flip_sin_to_cos=False)
     model, options, order = {
         "biggan": ("UNetModel", dict(resblock_updown=True, num_classes=7), "legacy"),
         "conv": ("UNetModel", dict(attention_resolutions=[1, 2], num_head_channels=16), "new"),
@@ -93,7 +96,7 @@ def small(kind):
         "spatial_v2 pool": ("EncoderUNetModel", dict(pool="spatial_v2"), "new"),
     }[kind]
     architecture = openai.net_config(GUIDED | options, model=model)
-    return architecture, openai.table(architecture.build(), architecture.shape, attention_order=order)
+    return architecture, openai.table(architecture.model(), attention_order=order)
 
 
 def random_state_dict(table):
@@ -141,7 +144,7 @@ def test_attention_order_of_glide_by_hand():
     }
     params = weights.to_flax(rows, table)
     text = params["text"]["block_1"]["attention"]
-    read = params["unet"]["mid_attention"]["attention"]
+    read = params["net"]["mid_attention"]["attention"]
     for tree, name, (parts, heads, width), channels in (
         (text, "qkv", (3, 3, 8), 24),
         (read, "qkv", (3, 4, 16), 64),
@@ -178,9 +181,9 @@ def test_a_state_dict_that_does_not_fit():
 def test_parameters_that_do_not_fit():
     _, table = small("conv")
     params = weights.to_flax(random_state_dict(table), table)
-    params["unet"]["extra"] = {"bias": np.zeros(1)}
-    del params["unet"]["conv_out"]["bias"]
-    with pytest.raises(ValueError, match=r"1 missing: unet/conv_out/bias; 1 unexpected: unet/extra/bias"):
+    params["net"]["extra"] = {"bias": np.zeros(1)}
+    del params["net"]["conv_out"]["bias"]
+    with pytest.raises(ValueError, match=r"1 missing: net/conv_out/bias; 1 unexpected: net/extra/bias"):
         weights.to_torch(params, table)
 
 
@@ -204,7 +207,7 @@ def test_openai_refusals(model, options, match):
         (dict(xf_width=0), "Text2ImUNet with xf_width=0 cannot be converted"),
         (dict(xf_ar=0.1), "xf_ar=0.1"),
         (dict(num_classes=5), "num_classes=5"),
-        (dict(xf_heads=5), "heads 5 does not divide net.text.width 24"),
+        (dict(xf_heads=5), "conditions.text: heads must divide width, 24, got 5"),
         (dict(spam=1), "spam=1 .*unknown"),
     ],
 )
@@ -219,9 +222,10 @@ def test_glide_refusals(options, match):
 
 def test_glide_options():
     architecture = glide.net_config(GLIDE, model="SuperResInpaintText2ImUnet", image_size=8)
-    assert (architecture.takes, architecture.shape) == (("text", "inpaint", "low_res"), (8, 8, 3))
-    assert architecture.net["text"] == dict(
-        width=24, layers=2, heads=3, vocab_size=11, length=6, final_norm=True, padding_embedding=False)  # fmt: skip
+    assert ([*architecture.conditions], architecture.shape) == (["text", "inpaint", "low_res"], (8, 8, 3))
+    text = architecture.model().net.encoders[0][1]
+    assert (text.width, text.layers, text.heads, text.vocab_size, text.length) == (24, 2, 3, 11, 6)
+    assert (text.final_norm, text.padding_embedding) == (True, False)
 
 
 def test_improved_diffusion_needs_a_size():
@@ -255,16 +259,31 @@ def test_diffusers_refusals(options, match):
         diffusers.net_config(DIFFUSERS | options)
 
 
+def test_other_output_channels_than_those_of_the_data():
+    """A program may have any; here more than those of the data stand for a learned variance."""
+    architecture = openai.net_config(GUIDED | dict(out_channels=4))
+    assert architecture.build().net.out_channels == 4
+
+
+def test_an_order_of_conditions_is_that_of_the_sequence():
+    """A prior reads the caption, then its embedding; a decoder the tokens of the picture's embedding first."""
+    prior = karlo.net_config(
+        dict(text_ctx=5, xf_width=16, xf_layers=1, xf_heads=2, xf_final_ln=False, clip_dim=6), model="PriorTransformer"
+    )
+    names = [name for name, _ in prior.build().encoders]
+    assert (names, prior.shape, prior.build().net.final_norm) == (["text_features", "text_embedding"], (6,), False)
+
+
 def test_diffusers_options():
     architecture = diffusers.net_config(
         DIFFUSERS | dict(attention_head_dim=None, _class_name="UNet2DModel", sample_size=[8, 12]))  # fmt: skip
     net = architecture.net
     assert architecture.shape == (8, 12, 3)
-    assert (architecture.takes, architecture.num_classes) == (("label",), 5)
+    assert architecture.conditions["label"]["num_classes"] == 5
     assert (net["attention"], net["attention_up"]) == ((2,), (1, 2))
     assert (net["heads"], net["head_channels"]) == (1, 0)
     assert (net["downsample_pad"], net["sinusoid"]) == ("both", "openai")
-    assert architecture.build().unet.widths == (32, 48, 64)
+    assert architecture.build().net.widths == (32, 48, 64)
 
 
 @pytest.mark.parametrize("width, base", [(49, 107), (160, 96), (3, 7), (224, 224)])
@@ -272,15 +291,15 @@ def test_a_level_gets_its_exact_width(width, base):
     assert int(diffusers._multiple(width, base) * base) == width
 
 
-def test_the_clock_of_diffusers_has_its_columns_swapped_where_the_order_differs():
-    network = build(dict(channels=32, channel_mult=(1,), num_res_blocks=1, attention=()), shape=(8, 8, 3),
-                    out_channels=3)  # fmt: skip
+def test_the_timestep_embedding_of_diffusers_is_swapped_where_the_order_differs():
+    net = spec("network", "unet", channels=32, channel_mult=(1,), num_res_blocks=1, attention=())
+    model = image_model(net, shape=(8, 8, 3), out_channels=3, conditions={}).model()
     weight = np.arange(128 * 32, dtype=np.float32).reshape(128, 32)
     rows = {}
     for flip in (True, False):
-        table = diffusers.table(network, (8, 8, 3), flip_sin_to_cos=flip)
+        table = diffusers.table(model, flip_sin_to_cos=flip)
         state_dict = random_state_dict(table) | {"time_embedding.linear_1.weight": weight}
-        rows[flip] = weights.to_flax(state_dict, table)["unet"]["time_0"]["kernel"]
+        rows[flip] = weights.to_flax(state_dict, table)["net"]["time_0"]["kernel"]
     np.testing.assert_array_equal(rows[True], weight.T)
     np.testing.assert_array_equal(rows[False], np.roll(weight.T, 16, axis=0))
 
