@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import math
 import re
 import typing
@@ -89,6 +90,11 @@ class Fields(ConfigDict):
                 old.update(value)
             else:
                 self[name] = value
+
+    def __repr__(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=repr)  # ConfigDict's own would sort the fields
+
+    __str__ = __repr__
 
 
 @functools.cache
