@@ -58,7 +58,7 @@ FLAGS = (
 
 
 def test_the_same_by_flags(tmp_path, monkeypatch, capsys):
-    """Trained, gone on with, sampled, scored, compiled ahead and reloaded, from a config that knows none of the parts."""
+    """Trained, resumed, sampled, scored, compiled ahead and reloaded, by a config that knows none of the parts."""
     monkeypatch.chdir(ROOT)
     workdir = tmp_path / "run"
     flags = ["--config=quickstart", f"--workdir={workdir}", *(f"--{flag}" for flag in (*FLAGS, *MICRO))]
