@@ -210,7 +210,7 @@ class Condition:
         return given
 
     def size(self, given: Tree) -> tuple[int, int] | None:
-        """Height and width that this value asks of the result; None: it does not matter."""
+        """Height and width that this value requires of the result; None: it does not matter."""
         del given
         return None
 
