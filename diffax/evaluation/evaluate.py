@@ -1,4 +1,4 @@
-"""How good a trained model is, in numbers (floor 4).
+"""How good a trained model is, in numbers.
 
 As a command, `python -m diffax.evaluation A B`, it compares two sets of pictures: see `diffax.evaluation.compare`.
 """

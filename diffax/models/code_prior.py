@@ -90,7 +90,7 @@ class CodePrior:
       net: the network and the encoders.
       codec: how it writes embeddings; blank until that is fitted.
       examples: how many embeddings that is fitted to.
-      percentile: of the products of embeddings and captions in training: sampling asks for one from there up.
+      percentile: of the products of embeddings and captions in training: sampling draws one from there up.
       condition_dropout: share of the training examples whose conditions are dropped.
       guidance: of sampling.
       temperature: divides the logits; 0 takes the most probable code.
@@ -324,7 +324,7 @@ def codes_fields(
       components: principal components that are kept.
       buckets: codes of each, and of the product of the two embeddings.
       examples: embeddings that these are fitted to.
-      percentile: sampling asks for a product of this rank or above.
+      percentile: sampling draws a product of this rank or above.
     """
     del components, buckets, examples, percentile
 

@@ -373,7 +373,7 @@ def _head_channels(c: Mapping) -> dict[str, int]:
 
 
 def openai_config(state_dict: Mapping[str, Any]) -> Architecture:
-    """The architecture of one of OpenAI's vision transformers, which its arrays' shapes tell; a head has 64 channels.
+    """The architecture of one of OpenAI's vision transformers, by the shapes of its arrays; a head has 64 channels.
 
     Raises:
       ValueError: a ResNet.

@@ -43,14 +43,14 @@ def read(path: str | os.PathLike[str], which: str | None = None) -> dict[str, Te
     'ema' is taken, else under one with 'state_dict', else with 'model'. A 'module.' before all names is taken away.
 
     Args:
-      path: the file; its content, not its suffix, tells the format.
+      path: the file; its content, not its suffix, decides the format.
       which: the place of the state dict in the file, such as 'ema' or 'model.generator'.
 
     Returns:
       {name: Tensor}; no numbers are read yet.
 
     Raises:
-      UserError: the file is missing, damaged, of another kind, asks for anything but tensors and plain containers, or
+      UserError: the file is missing, damaged, of another kind, needs anything but tensors and plain containers, or
         holds no state dict, or several and none of these names.
     """
     path = pathlib.Path(path)

@@ -62,6 +62,8 @@ def table(model: Any, *, attention_order: str = "legacy") -> Table:
         if name not in ("label", "low_res"):
             raise ValueError(f"OpenAI's networks have no names for the condition {name!r}")
     shapes = param_shapes(model.init)
+    if any(path[0] == "low_res" for path in shapes):
+        raise ValueError("OpenAI's networks have no names for the noise level of 'low_res'")
     return make_table(shapes, renaming(core(model), shapes, attention_order))
 
 

@@ -1,7 +1,7 @@
 """Pickles of `torch.save`, taken apart by a reader that knows tensors and plain containers alone.
 
 A pickle may call any function. Here it is scanned before it is run, and every name in it stands for one of a few
-objects of this file: nothing that a file asks for is executed.
+objects of this file: nothing that a file names is executed.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> _Name:
         if (module, name) not in _NAMES:
             raise Refused(
-                f"it asks for {module}.{name}, and only tensors and plain containers are allowed; save a file with "
+                f"it needs {module}.{name}, and only tensors and plain containers are allowed; save a file with "
                 "model.state_dict() alone"
             )
         return _NAMES[module, name]

@@ -83,7 +83,8 @@ def needed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
         model = system.model(name)
         parts = getattr(model, "guidance", {}).values()
         of_guidance = [section for part in parts if part.scale is None for section in part.sections]
-        found |= {section: name for section in (*model.frozen, *of_guidance)}
+        for section in (*model.frozen, *of_guidance):
+            found.setdefault(section, name)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Arrays that lie in a file and are read when they are asked for."""
+"""Arrays that lie in a file and are read when they are needed."""
 
 import contextlib
 import dataclasses

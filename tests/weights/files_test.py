@@ -218,7 +218,7 @@ ORDERED_DICT = name("collections", "OrderedDict")
 EVIL = {
     "os.system": (lambda canary: call(name("posix", "system"), f"touch {canary}"), "posix.system, and only tensors"),
     "builtins.eval": (lambda canary: call(name("builtins", "eval"), f"open({canary!r}, 'w')"), "builtins.eval"),
-    "torch.load": (lambda canary: call(name("torch", "load"), canary), "asks for torch.load"),
+    "torch.load": (lambda canary: call(name("torch", "load"), canary), "needs torch.load"),
     "storage called": (lambda canary: call(name("torch", "FloatStorage"), canary), "calls FloatStorage"),
     "instance": (lambda canary: b"(" + value(f"touch {canary}") + b"iposix\nsystem\n", "instruction INST"),
     "extension": (lambda canary: b"\x82\x01", "instruction EXT1"),
