@@ -505,6 +505,8 @@ def diffusion(
       steps: the sampling grid, such as '250', 'ddim25' or 'logsnr10'; '' for all.
       temperature: of the noise that sampling starts from.
       candidates: how many embeddings a prior makes of a caption, of which the nearest to it is kept.
+      name: of the section.
+      number: place among the generators of the config.
     """
     drops = condition_dropout > 0
     made = {key: make(name=key, shape=shape, schedule=schedule, droppable=drops) for key, make in conditions.items()}
