@@ -11,6 +11,7 @@ import pytest
 from diffax.diffusion import guidance, schedules
 from diffax.models import cascade, codes
 from diffax.models import diffusion as diffusion_model
+from diffax.models.base import Sampling
 from diffax.models.best_of import nearest
 from diffax.models.diffusion import analytic_variance
 from tests.models import micro, systems
@@ -70,13 +71,7 @@ def test_the_nearest_candidate_is_kept(dalle2):
     kept, single, wanted = run()
     best = np.argmax(np.einsum("bne,be->bn", single, wanted), 1)
     np.testing.assert_allclose(kept, np.asarray(single)[np.arange(4), best], rtol=1e-3, atol=1e-4)
-    assert both.resampled(cascade.Generator and base_choice("2")).num_steps == 2
-
-
-def base_choice(steps):
-    from diffax.models.base import Sampling
-
-    return Sampling(steps=steps)
+    assert both.resampled(Sampling(steps="2")).num_steps == 2
 
 
 # ---- the variance of the diffusion prior ----------------------------------------------------------------------------
