@@ -18,7 +18,7 @@ from diffax.diffusion import losses, samplers, schedules
 from diffax.diffusion.process import diffuse, predict
 from diffax.diffusion.schedules import NoiseLevel, NoiseSchedule, Transition
 from diffax.diffusion.timesteps import TimestepSampler
-from diffax.models import analytic, base
+from diffax.models import analytic, base, choices
 from diffax.models.base import Params, Start
 from diffax.models.best_of import best_of
 from diffax.models.guidance import Guidance, Site, as_scale, guided, scale_of
@@ -409,30 +409,6 @@ class DiffusionModel:
         return analytic.measure(self, run, batches) if self.analytic else None
 
 
-def _check_choices(predicts: str, variance: str | float, loss: Any, schedule: NoiseSchedule) -> None:
-    """Raises ValueError if prediction, variance, loss and schedule do not fit."""
-    learned = str(variance).startswith("learned")
-    if not schedule.num_timesteps:
-        for field, clash in (("loss", getattr(loss, "discrete", False)), ("predicts", predicts == "previous_x")):
-            if clash:
-                raise ValueError(f"{field} needs discrete timesteps, but schedule is continuous; choose another")
-    if learned and not getattr(loss, "trains_variance", False):
-        raise ValueError(
-            f"variance {variance!r} is not trained by the loss; use the loss 'hybrid' or 'vlb', or a fixed variance"
-        )
-    if not learned and getattr(loss, "needs_variance", False):
-        raise ValueError(
-            f"the loss trains a variance, but variance is {variance!r}; use 'learned_range', or the loss 'simple'"
-        )
-
-
-def _grid(schedule: NoiseSchedule, steps: str) -> Transition:
-    try:
-        return schedules.build_steps(schedule, steps)
-    except ValueError as error:
-        raise ValueError(f"steps {steps!r} do not fit the schedule: {error}") from None
-
-
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range", "analytic"]
 
 
@@ -490,7 +466,7 @@ def diffusion(
     if drops and not any(c.can_drop for c in made.values()):
         raise ValueError(f"condition_dropout is {condition_dropout:g}, but no condition can be dropped; set it to 0")
     target = target_of(clip, shape, made)
-    _check_choices(predicts, variance, loss, schedule)
+    choices.check(predicts, variance, loss, schedule)
     learned = variance in ("learned", "learned_range")
     network = net(out_channels=shape[-1] * (1 + learned), name="net", parent=None)
     if hasattr(network, "check"):
@@ -512,7 +488,7 @@ def diffusion(
         guidance=guidance,
         sampler=sampler,
         temperature=temperature,
-        steps=_grid(schedule, steps),
+        steps=choices.grid(schedule, steps),
         nulls={key: c.null({}) for key, c in made.items() if drops and c.can_drop},
     )
     for part in (*guidance.values(), *made.values()):
