@@ -214,7 +214,7 @@ def test_values_that_a_field_accepts(field, good, bad):
 def test_bounds_that_a_field_excludes():
     sigma = schema(blur)["sigma"]
     assert sigma.accepts(1e-9) and sigma.accepts(10) and not sigma.accepts(0)
-    below = schema(components._by_path("x", f"{HERE}:below", ""))["share"]
+    below = schema(components.registry.by_path("x", f"{HERE}:below", ""))["share"]
     assert below.accepts(0) and not below.accepts(1)
 
 

@@ -32,15 +32,10 @@ os.environ.setdefault(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from diffax.training import parallel  # noqa: E402
+from diffax.training import cpu_flags, parallel  # noqa: E402
 
 # So that a command run inside the tests computes exactly what it computes as a process of its own.
-try:
-    from diffax import main
-
-    main.set_cpu_flags()
-except ImportError:
-    pass
+cpu_flags.set_cpu_flags()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,9 +6,7 @@ and then a condition is a few lines:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Pose(Condition):
-        \"""A vector of joint angles.\"""
-
-        size: int = 12
+        size: int = 12  # of a vector of joint angles
 
         def example(self):
             return jax.ShapeDtypeStruct((self.size,), jnp.float32)
@@ -26,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffax.components import TRAINING, WIRED, In
+from diffax.components import TRAINING, WIRED, In, shown
 from diffax.diffusion import augment
 from diffax.errors import UserError
 
@@ -153,13 +151,14 @@ class Condition:
         like = self.given_example()
         try:
             array = np.asarray(value)
-            wrong = array.dtype == object or not np.can_cast(array.dtype, like.dtype, "same_kind")
-        except ValueError:
+            wrong = not np.can_cast(array.dtype, like.dtype, "same_kind")
+        except ValueError:  # a ragged list
             wrong = True
-        if wrong or array.shape[max(0, array.ndim - len(like.shape)) :] != like.shape:
+        rank = len(like.shape)
+        if wrong or array.ndim not in (rank, rank + 1) or array.shape[array.ndim - rank :] != like.shape:
             raise UserError(
-                f"{self.argument} has the shape {getattr(value, 'shape', 'of a ragged list')}; sample_fn; pass "
-                f"{like.dtype} {list(like.shape)}, or {['n', *like.shape]}"
+                f"{self.argument} is {shown(value)}; sample_fn; pass {like.dtype} of shape {list(like.shape)} for all "
+                f"pictures, or {['n', *like.shape]} for one each"
             )
         if not np.isfinite(array).all():
             raise UserError(f"{self.argument} has values that are not finite; sample_fn; correct them")
@@ -209,7 +208,7 @@ class Condition:
         return given
 
     def size(self, given: Tree) -> tuple[int, int] | None:
-        """Height and width that this value asks of the result; None: it does not matter."""
+        """Height and width that this value requires of the result; None: it does not matter."""
         del given
         return None
 

@@ -1,112 +1,29 @@
-"""What one does with a trained model besides sampling (floor 4): compression, interpolation, unCLIP's latents.
+"""Edits by the latents of unCLIP (DALL-E 2, section 3): variations, interpolations, text diffs.
 
-The latents of a picture, for a system whose decoder takes image embeddings (configs/dalle2.py, configs/karlo.py), are
-the embedding, which says what it shows, and the noise that leads to the very picture. In a notebook:
+The latents of a picture, for a system whose decoder is conditioned on image embeddings (configs/dalle2.py,
+configs/karlo.py), are the embedding, which says what it shows, and the noise from which DDIM makes the very picture:
 
     sample_fn = diffax.load("runs/dalle2")
-    others = editing.variations(sample_fn, picture, 8)
-    between = editing.interpolations(sample_fn, picture, another, weights=np.linspace(0, 1, 8))
-    changed = editing.text_diffs(sample_fn, picture, to="a small blue ring", shown="a small red ring")
+    others = latents.variations(sample_fn, picture, 8)
+    between = latents.interpolations(sample_fn, picture, another, weights=np.linspace(0, 1, 8))
+    changed = latents.text_diffs(sample_fn, picture, to="a small blue ring", source="a small red ring")
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffax.data import images
-from diffax.diffusion import losses, samplers, schedules
-from diffax.diffusion.process import diffuse, expand
 from diffax.errors import UserError
-from diffax.models import codes, stages
-from diffax.sampling import pipeline
-
-Array = jax.Array
-Params = Any
-
-
-class RateDistortion(NamedTuple):
-    """Progressive lossy compression (DDPM, section 4.3), averaged over pictures, noisiest step first.
-
-    Attributes:
-      rate: [N] bits per dimension received before each step.
-      distortion: [N] root mean squared error of the estimate of x at that moment, on the scale of 0 to 255.
-    """
-
-    rate: np.ndarray
-    distortion: np.ndarray
-
-
-def rate_distortion(bound: losses.BitsPerDim) -> RateDistortion:
-    """The rate-distortion curve of the progressive code that the bound describes (DDPM, algorithms 3 and 4).
-
-    The receiver knows z_t after the prior and the KL terms of all earlier steps, and estimates x from it.
-
-    Args:
-      bound: of B pictures, along N steps.
-
-    Returns:
-      The curve.
-    """
-    terms, prior = np.asarray(bound.terms, np.float64), np.asarray(bound.prior, np.float64)
-    received = prior[:, None] + np.cumsum(terms, axis=1) - terms
-    rmse = np.sqrt(np.asarray(bound.x_mse, np.float64))
-    return RateDistortion(received.mean(0), 127.5 * rmse.mean(0))
-
-
-def interpolate(
-    stage: stages.Stage,
-    params: Params,
-    first: Array,
-    second: Array,
-    key: Array,
-    *,
-    weights: Array,
-    depth: float,
-    **cond,
-) -> Array:
-    """Pictures between two pictures (DDPM, section 4.4 and figure 8).
-
-    Both are noised up to `depth`, mixed there, and denoised. The noise of both ends and of the way back is the same for
-    all weights, as in the paper.
-
-    Args:
-      stage: the stage.
-      params: its parameters.
-      first: [H, W, C] in [-1, 1]; second: the same.
-      key: typed PRNG key.
-      weights: [N] in [0, 1], share of the second picture.
-      depth: how much of the chain is walked, in (0, 1]: 0.5 is the paper's t = 500; small keeps detail, 1 forgets all.
-      **cond: conditions of the N results, [N, ...].
-
-    Returns:
-      [N, H, W, C].
-
-    Raises:
-      ValueError: depth is outside (0, 1], or the pictures have another shape than the stage.
-    """
-    steps = jax.tree.map(jnp.asarray, schedules.last(stage.sampling, depth))
-    for picture in (first, second):
-        if tuple(picture.shape) != stage.shape:
-            raise ValueError(f"pictures must have the stage's shape {stage.shape}; got {tuple(picture.shape)}")
-    start = jax.tree.map(lambda a: a[0], steps.t)
-    noise_key, way_key = jax.random.split(key)
-    eps = jax.random.normal(noise_key, (2, *stage.shape))
-    ends = diffuse(jnp.stack([first, second]), jax.tree.map(lambda a: jnp.broadcast_to(a, 2), start), eps)
-    share = expand(jnp.asarray(weights, jnp.float32), jnp.zeros((1, *stage.shape)))
-    z = (1 - share) * ends[0] + share * ends[1]
-    shared = samplers.picture_noise(way_key[None], stage.shape)
-    denoise = stages.guided_denoiser(stage, {stage.name: params})
-    return samplers.sample(denoise, z, shared, steps, stage.sampler, **cond)
-
-
-# ---- the latents of unCLIP ------------------------------------------------------------------------------------------
+from diffax.models import codes
+from diffax.sampling import grids
+from diffax.sampling.sample_fn import SampleFn
 
 
 class Latents(NamedTuple):
-    """A picture as the decoder of DALL-E 2 tells it (section 3).
+    """A picture in the latents of unCLIP.
 
     Attributes:
       embedding: [n, E] CLIP's image embeddings, z_i.
@@ -117,22 +34,23 @@ class Latents(NamedTuple):
     noise: np.ndarray
 
 
-def decoder_of(sample_fn: pipeline.SampleFn) -> pipeline.SampleFn:
-    """The system from the stage on that takes image embeddings.
+def decoder_of(sample_fn: SampleFn) -> SampleFn:
+    """The system from the stage on that is conditioned on image embeddings.
 
     Raises:
       UserError: there is none.
     """
-    name = next((s.name for s in sample_fn.stages if "image_embedding" in s.takes), None)
+    name = next((m.name for m in sample_fn.models if "image_embedding" in m.conditions), None)
     if name is None:
         raise UserError(
-            "no stage takes image embeddings; editing; use a system with a decoder, such as configs/dalle2.py"
+            "no stage is conditioned on image embeddings; sampling.latents; use a system with a decoder, such as "
+            "configs/dalle2.py"
         )
     return sample_fn.starting_at(name)
 
 
 def encode(
-    sample_fn: pipeline.SampleFn,
+    sample_fn: SampleFn,
     image: np.ndarray,
     *,
     prompt: str = "",
@@ -142,29 +60,29 @@ def encode(
     """The latents of pictures: their embeddings, and their noise by DDIM inversion (DALL-E 2, section 3).
 
     Args:
-      sample_fn: a system whose decoder takes image embeddings.
+      sample_fn: a system whose decoder is conditioned on image embeddings.
       image: [h, w, C] or [n, h, w, C], uint8 or floats in [-1, 1]; of the decoder's size, or a whole number of times
         larger.
-      prompt: the caption that the decoder is told; none by default.
+      prompt: the decoder's caption; none by default.
       steps: of DDIM, by default those of the decoder's config. The more, the nearer does `decode` come.
       batch_size: pictures at once.
 
     Raises:
-      UserError: no stage takes embeddings, or the pictures are of another size.
+      UserError: there is no such decoder, or the pictures are of another size.
     """
     decoder = decoder_of(sample_fn)
     image = images.as_floats(image)
     image = image[None] if image.ndim == 3 else image
-    height, width, channels = decoder.painter.shape
+    height, width, channels = decoder.first.shape
     factor = max(image.shape[1] // height, 1) if image.ndim == 4 else 1
     if image.shape[1:] != (factor * height, factor * width, channels):
         raise UserError(
-            f"image is {image.shape}; editing.encode; pass pictures of {decoder.painter.shape}, or a whole number of "
+            f"image is {image.shape}; latents.encode; pass pictures of {decoder.first.shape}, or a whole number of "
             "times larger"
         )
     embedding = decoder.embed(image, batch_size=batch_size)
     noise = decoder.invert(
-        pipeline.smaller(image, factor),
+        grids.smaller(image, factor),
         image_embedding=embedding,
         steps=steps,
         batch_size=batch_size,
@@ -174,7 +92,7 @@ def encode(
 
 
 def decode(
-    sample_fn: pipeline.SampleFn,
+    sample_fn: SampleFn,
     latents: Latents,
     *,
     seed: int = 0,
@@ -188,10 +106,11 @@ def decode(
     """The pictures of latents, by DDIM (DALL-E 2, section 3).
 
     Args:
-      sample_fn: a system whose decoder takes image embeddings.
+      sample_fn: a system whose decoder is conditioned on image embeddings.
       latents: from `encode`, or made of such.
       seed: of what is drawn: the noise of the stages that enlarge and, with eta, of the decoder's steps.
-      prompt: the caption that the decoder is told; steps: of DDIM: both as when the latents were found.
+      prompt: the decoder's caption, as in `encode`.
+      steps: of DDIM, as in `encode`.
       eta: 0 gives back the picture whose latents these are; the larger, up to 1, the more is left to chance.
       guidance: scale of the decoder's; 1 gives back pictures, None is the config's.
       same_noise: whether all that is drawn is the same for all pictures.
@@ -201,7 +120,7 @@ def decode(
       [n, H, W, C] in [-1, 1].
     """
     decoder, n = decoder_of(sample_fn), len(latents.noise)
-    name, key = decoder.painter.name, jax.random.key(seed)
+    name, key = decoder.first.name, jax.random.key(seed)
     return decoder(
         jax.random.fold_in(key, 0)[None][np.zeros(n, int)] if same_noise else key,
         n,
@@ -210,15 +129,15 @@ def decode(
         steps=None if steps is None else {name: steps},
         sampler={name: "ddim"},
         eta=eta,
-        guidance=None if guidance is None or not decoder.painter.is_guided else {name: guidance},
+        guidance=None if guidance is None or decoder.first.scale is None else {name: guidance},
         batch_size=batch_size,
         **_caption(decoder, prompt),
     )
 
 
-def _caption(decoder: pipeline.SampleFn, prompt: str | Sequence[str]) -> dict[str, str | Sequence[str]]:
-    """The argument that tells a decoder its caption, if it reads any."""
-    return {"prompt": prompt} if decoder.tokenizers else {}
+def _caption(decoder: SampleFn, prompt: str | Sequence[str]) -> dict[str, str | Sequence[str]]:
+    """The argument that gives a decoder its caption, if it reads any."""
+    return {"prompt": prompt} if decoder.reads_text else {}
 
 
 def slerp(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -243,7 +162,7 @@ def slerp(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndar
     return mixed.reshape(-1, *np.shape(first)).astype(np.float32)
 
 
-def turned(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def slerp_embeddings(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Embeddings on the way from one to another, [E] each: slerp of their directions; lengths are mixed linearly.
 
     Returns:
@@ -256,7 +175,7 @@ def turned(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def variations(
-    sample_fn: pipeline.SampleFn,
+    sample_fn: SampleFn,
     image: np.ndarray,
     n: int,
     *,
@@ -270,7 +189,7 @@ def variations(
     """Pictures that share what CLIP sees in one, and differ in the rest (DALL-E 2, section 3).
 
     Args:
-      sample_fn: a system whose decoder takes image embeddings.
+      sample_fn: a system whose decoder is conditioned on image embeddings.
       image: [h, w, C], see `encode`.
       n: how many.
       seed: of what differs.
@@ -281,22 +200,13 @@ def variations(
       [n, H, W, C].
     """
     found = encode(sample_fn, image, prompt=prompt, steps=steps)
-    latents = Latents(*(np.repeat(part, n, axis=0) for part in found))
-    return decode(
-        sample_fn,
-        latents,
-        seed=seed,
-        prompt=prompt,
-        steps=steps,
-        eta=eta,
-        guidance=guidance,
-        same_noise=False,
-        batch_size=batch_size,
-    )
+    many = Latents(*(np.repeat(part, n, axis=0) for part in found))
+    how = {"prompt": prompt, "steps": steps, "guidance": guidance, "batch_size": batch_size}
+    return decode(sample_fn, many, seed=seed, eta=eta, same_noise=False, **how)
 
 
 def interpolations(
-    sample_fn: pipeline.SampleFn,
+    sample_fn: SampleFn,
     first: np.ndarray,
     second: np.ndarray,
     *,
@@ -309,7 +219,7 @@ def interpolations(
     """Pictures between two, their embeddings rotated one into the other (DALL-E 2, figure 4).
 
     Args:
-      sample_fn: a system whose decoder takes image embeddings.
+      sample_fn: a system whose decoder is conditioned on image embeddings.
       first: [h, w, C], see `encode`; second: the same.
       weights: N shares of the second picture, such as np.linspace(0, 1, 8).
       between_noise: whether the noise goes from that of the one to that of the other, so that both ends are the two
@@ -323,7 +233,7 @@ def interpolations(
     """
     prompt = call.get("prompt", "")
     ends = [encode(sample_fn, image, prompt=prompt, steps=steps) for image in (first, second)]
-    embedding = turned(ends[0].embedding[0], ends[1].embedding[0], weights)
+    embedding = slerp_embeddings(ends[0].embedding[0], ends[1].embedding[0], weights)
     noise = (
         slerp(ends[0].noise[0], ends[1].noise[0], weights)
         if between_noise
@@ -332,34 +242,34 @@ def interpolations(
     return decode(sample_fn, Latents(embedding, noise), seed=seed, steps=steps, **call)
 
 
-def text_difference(sample_fn: pipeline.SampleFn, to: str, shown: str | None = None) -> np.ndarray:
-    """norm(z_to - z_shown), the direction in which two captions differ for CLIP (DALL-E 2, section 3).
+def text_difference(sample_fn: SampleFn, to: str, source: str | None = None) -> np.ndarray:
+    """norm(z_to - z_source), the direction in which two captions differ for CLIP (DALL-E 2, section 3).
 
     Args:
       sample_fn: a system with a CLIP.
       to: a caption.
-      shown: another; None: the direction is that of the text embedding of `to`.
+      source: another; None: the direction is that of the text embedding of `to`.
 
     Returns:
       [E] float32, of length 1.
 
     Raises:
-      UserError: CLIP tells no difference between them.
+      UserError: CLIP embeds them alike.
     """
-    texts = sample_fn.embed_text([to] if shown is None else [to, shown])
+    texts = sample_fn.embed_text([to] if source is None else [to, source])
     texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
-    difference = texts[0] if shown is None else texts[0] - texts[1]
+    difference = texts[0] if source is None else texts[0] - texts[1]
     if not (length := np.linalg.norm(difference)):
-        raise UserError(f"CLIP tells no difference between {to!r} and {shown!r}; editing; give two that differ")
+        raise UserError(f"CLIP embeds {to!r} and {source!r} alike; latents.text_diffs; give two that differ")
     return difference / length
 
 
 def text_diffs(
-    sample_fn: pipeline.SampleFn,
+    sample_fn: SampleFn,
     image: np.ndarray,
     to: str,
     *,
-    shown: str | None = None,
+    source: str | None = None,
     weights: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     steps: str | int | None = None,
     **call: Any,
@@ -369,10 +279,10 @@ def text_diffs(
     Its embedding is rotated towards the normalised difference of the captions' text embeddings; its noise stays.
 
     Args:
-      sample_fn: a system whose decoder takes image embeddings.
+      sample_fn: a system whose decoder is conditioned on image embeddings.
       image: [h, w, C], see `encode`.
       to: a caption of what it shall become.
-      shown: a caption of what it is; None: the text embedding of `to` alone takes the place of the difference.
+      source: a caption of what it is; None: the text embedding of `to` alone takes the place of the difference.
       weights: N shares of the rotation, from 0, the picture, up to 0.25 to 0.5 in the paper.
       steps: of DDIM, up and down.
       **call: for `decode`: prompt, guidance, seed, batch_size.
@@ -383,16 +293,16 @@ def text_diffs(
     Raises:
       UserError: the captions are the same to CLIP, or the picture does not fit.
     """
-    towards = text_difference(sample_fn, to, shown)
+    towards = text_difference(sample_fn, to, source)
     found = encode(sample_fn, image, prompt=call.get("prompt", ""), steps=steps)
     own = found.embedding[0]
-    embedding = turned(own, np.linalg.norm(own) * towards, weights)
+    embedding = slerp_embeddings(own, np.linalg.norm(own) * towards, weights)
     noise = np.repeat(found.noise, len(embedding), axis=0)
     return decode(sample_fn, Latents(embedding, noise), steps=steps, **call)
 
 
-def component_views(
-    sample_fn: pipeline.SampleFn,
+def pca_reconstructions(
+    sample_fn: SampleFn,
     image: np.ndarray,
     embeddings: np.ndarray,
     counts: Sequence[int],
@@ -401,10 +311,10 @@ def component_views(
     guidance: float | None = None,
     **call: Any,
 ) -> np.ndarray:
-    """What the first principal components of a picture's embedding say of it (DALL-E 2).
+    """A picture from the first principal components of its embedding (DALL-E 2, figure 7).
 
     Args:
-      sample_fn: a system whose decoder takes image embeddings.
+      sample_fn: a system whose decoder is conditioned on image embeddings.
       image: [h, w, C], see `encode`.
       embeddings: [M, E] of many pictures, whose components these are: `sample_fn.embed(pictures)`.
       counts: N numbers of components that are kept.
@@ -420,11 +330,11 @@ def component_views(
     """
     own = decoder_of(sample_fn).embed(image)
     if own.ndim != 1:
-        raise UserError(f"image is {np.shape(image)}; editing.component_views; pass one picture [h, w, C]")
+        raise UserError(f"image is {np.shape(image)}; latents.pca_reconstructions; pass one picture [h, w, C]")
     try:
         components = codes.fit_components(embeddings, max(counts))
     except ValueError as error:
-        raise UserError(f"{error}; editing.component_views(counts={list(counts)}); ask for fewer") from error
+        raise UserError(f"{error}; latents.pca_reconstructions(counts={list(counts)}); use fewer") from error
     coordinates = codes.project(own, components)
     kept = np.stack([codes.reconstruct(coordinates[:count], components) for count in counts])
     # as long as what the decoder was trained on
@@ -433,17 +343,17 @@ def component_views(
     return decode(sample_fn, latents, seed=seed, guidance=guidance, **call)
 
 
-def _one_noise(sample_fn: pipeline.SampleFn, n: int, seed: int) -> np.ndarray:
+def _one_noise(sample_fn: SampleFn, n: int, seed: int) -> np.ndarray:
     """The same noise for n pictures of the decoder."""
-    shape = decoder_of(sample_fn).painter.shape
+    shape = decoder_of(sample_fn).first.shape
     return np.broadcast_to(jax.random.normal(jax.random.key(seed), shape), (n, *shape))
 
 
-PRIORS = ("caption alone", "text embedding", "prior")
+WAYS = ("caption alone", "text embedding", "prior")
 
 
 def with_and_without_prior(
-    sample_fn: pipeline.SampleFn,
+    sample_fn: SampleFn,
     prompt: str | Sequence[str],
     n: int | None = None,
     *,
@@ -462,20 +372,20 @@ def with_and_without_prior(
       batch_size: pictures at once.
 
     Returns:
-      {one of `PRIORS`: [n, H, W, C]}: the decoder told the caption and no embedding; the caption's text embedding in
+      {one of `WAYS`: [n, H, W, C]}: the decoder with the caption and no embedding; the caption's text embedding in
       place of an image embedding; the embedding that the prior makes.
 
     Raises:
       UserError: there is no prior before the decoder.
     """
-    if sample_fn.stages[0].emits != "image_embedding":
+    if sample_fn.models[0].output != "image_embedding":
         raise UserError(
-            f"{sample_fn.stages[0].name} is no prior; editing.with_and_without_prior; use the whole system, such as "
+            f"{sample_fn.models[0].name} is no prior; latents.with_and_without_prior; use the whole system, such as "
             "configs/dalle2.py"
         )
     decoder = decoder_of(sample_fn)
     n = n or (1 if isinstance(prompt, str) else len(prompt))
-    own, names = guidance, [s.name for s in decoder.stages]
+    own, names = guidance, [s.name for s in decoder.models]
     if isinstance(guidance, Mapping):
         own = {name: scale for name, scale in guidance.items() if name in names}
     call = {"guidance": own, "batch_size": batch_size, **_caption(decoder, prompt)}

@@ -1,6 +1,5 @@
 """The command end to end on micro configs: train, resume, sample, evaluate; and what bad input gets."""
 
-import functools
 import json
 import signal
 import subprocess
@@ -14,14 +13,13 @@ from PIL import Image
 
 import diffax
 from diffax import main
-from diffax.evaluation import evaluate
-from diffax.training import checkpoint, reporting
+from diffax.training import checkpoints, reporting
 from tests import micro
 
 
 def ema(workdir, name="base"):
-    with checkpoint.Checkpoints(workdir / name / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_ema()[:2]
+    with checkpoints.Checkpoints(workdir / name / "checkpoints", read_only=True) as store:
+        return store.restore_ema()[:2]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +36,8 @@ def test_training_leaves_checkpoints_metrics_and_pictures(trained):
     assert {"loss", "mse", "loss_q0", "grad_norm", "learning_rate"} <= set().union(*rows)
     for picture in ("samples.png", "base/loss.png", "base/samples/00000006.png"):
         assert Image.open(trained / picture).size[0] > 100
-    saved = json.loads((trained / "config.json").read_text())
-    assert saved["base"]["net"]["channels"] == 8
+    saved = json.loads((trained / "base" / "config.json").read_text())
+    assert saved["base"]["net"]["channels"] == 8 and not (trained / "config.json").exists()
 
 
 def test_a_rerun_changes_nothing(trained, capsys):
@@ -64,15 +62,8 @@ def test_evaluate_mode(trained, capsys):
     assert [row["steps"] for row in report["rows"]] == [5, 2]
     for row in report["rows"]:
         assert row["bits_per_dim"] > 0 and 0 <= row["accuracy"] <= 1
-        assert row["accuracy_of_judge_on_real"] > 0.9
+        assert row["accuracy_on_real"] > 0.9
     assert "| steps | sampler | bits_per_dim |" in capsys.readouterr().out
-
-
-def test_the_bound_is_the_same_with_parameters_cut(trained):
-    found = diffax.load(trained)
-    batch = evaluate.held_out_examples(found.config["base"], 6)
-    of = functools.partial(evaluate.bits_per_dim, found.stages[-1], found.params["base"], batch, batch_size=4)
-    chex.assert_trees_all_close(of(mode="pmap"), of(mode="fsdp"), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,7 @@ def sample_fn(trained):
 
 class TestSampleFn:
     def test_shapes_and_range(self, sample_fn):
-        assert sample_fn.takes == ("label",) and sample_fn.step == {"base": 6}
+        assert [*sample_fn.arguments] == ["label"] and sample_fn.step == {"base": 6}
         out = sample_fn(0, label=[3, 7, 1])
         chex.assert_shape(out, (3, 8, 8, 1))
         assert np.abs(out).max() <= 1 + 1e-5
@@ -109,14 +100,14 @@ class TestSampleFn:
             ({"label": -1}, "label -1 is out of range"),
             ({"label": [0.5]}, "label is"),
             ({"label": "three"}, "label is"),
-            ({"label": []}, "nothing to sample"),
+            ({"label": []}, "label is"),
             ({"label": 1, "n": 0}, "nothing to sample"),
             ({"label": [1, 2], "n": 3}, "2 values of label for 3 pictures"),
-            ({"label": 1, "prompt": "a"}, "this model reads no text"),
+            ({"label": 1, "prompt": "a"}, "no condition 'prompt'"),
             ({"label": 1, "steps": 0}, "cannot keep 0"),
             ({"label": 1, "steps": 41}, "cannot keep 41"),
             ({"label": 1, "steps": "many"}, "steps must be"),
-            ({"label": 1, "sampler": "euler"}, "unknown sampler 'euler'"),
+            ({"label": 1, "sampler": "euler"}, "sampler.*got 'euler'"),
             ({"label": 1, "batch_size": 0}, "batch_size is 0"),
         ],
     )
@@ -177,11 +168,11 @@ BAD = [
     (["--config.base.net.widht=64"], "unknown field config.base.net.widht; did you mean"),
     (["--config.base.train.batch_size=10"], "global batch 10 is not divisible by 4 devices"),
     (["--config.base.train.learning_rate=nan"], "config.base.train.learning_rate must be"),
-    (["--config.base.train.steps=-3"], "config.base.train.steps must be"),
+    (["--config.base.train.num_train_steps=-3"], "config.base.train.num_train_steps must be"),
     (["--config.base.steps=ddim39"], "ddim39"),
-    (["--config.base.data.name=digts"], "digits"),
-    (["--config.base.data.name=folder", "--config.base.data.path=/nowhere"], "/nowhere"),
-    (["--config.base.num_classes=3"], "the data have 10 classes"),
+    (["--config.base.data=digts"], "did you mean digits"),
+    (["--config.base.data=folder", "--config.base.data.path=/nowhere"], "/nowhere"),
+    (["--config.base.conditions.label.num_classes=3"], "config.base.data: the data have 10 classes"),
     (["--mode=trian"], "did you mean train"),
     (["--stage=up"], "unknown --stage=up"),
     (["--coordinator=localhost:1", "--processes=2"], "cannot join the other processes"),
@@ -207,11 +198,11 @@ def test_without_a_config(tmp_path, capfd):
 
 
 def test_a_workdir_of_another_config_is_refused_and_kept(trained, capfd):
-    before = (trained / "config.json").read_bytes(), ema(trained)[0]
+    before = (trained / "base" / "config.json").read_bytes(), ema(trained)[0]
     assert main.run(micro.flags(trained, "config.base.net.heads=1")) == 2
     err = capfd.readouterr().err
     assert "checkpoint was trained with" in err and "net.heads=2, config says 1" in err
-    assert ((trained / "config.json").read_bytes(), ema(trained)[0]) == before
+    assert ((trained / "base" / "config.json").read_bytes(), ema(trained)[0]) == before
 
 
 def test_sampling_with_another_network_is_refused(trained, capfd):
@@ -224,8 +215,8 @@ def test_a_stage_in_use_is_refused_and_another_is_not(trained, capfd):
         [
             sys.executable,
             "-c",
-            "import sys, time; from diffax import checkpoint\n"
-            f"with checkpoint.lock({str(trained / 'base')!r}): print('held', flush=True); time.sleep(60)",
+            "import sys, time; from diffax.training import checkpoints\n"
+            f"with checkpoints.lock({str(trained / 'base')!r}): print('held', flush=True); time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -237,7 +228,7 @@ def test_a_stage_in_use_is_refused_and_another_is_not(trained, capfd):
     finally:
         holder.kill()
         holder.wait()
-    with checkpoint.lock(trained / "up"):
+    with checkpoints.lock(trained / "up"):
         assert main.run(micro.flags(trained)) == 0
 
 
