@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user sees as one line (floor 0).
+"""The two kinds of failure that a user sees as one line.
 
 `main` prints `diffax: error: <message>`; a message reads `<what>; <where>; <what to do>`.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a config as two processes on this machine: what several hosts do, tried on one.
 #
-#   bash launch/local.sh --config=quickstart --workdir=runs/two [--config.base.train.steps=100] ...
+#   bash launch/local.sh --config=quickstart --workdir=runs/two [--config.base.train.num_train_steps=100] ...
 #
 #   PROCESSES=4   how many; their devices share the cores (each has one CPU device unless XLA_FLAGS says otherwise)
 #   PYTHON=...    another Python than the one of the environment that this makes

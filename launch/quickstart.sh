@@ -2,7 +2,7 @@
 # Trains a small class-conditional diffusion model on handwritten digits and draws some: minutes on
 # a CPU. Needs Python 3.11. Runs again from where it stopped.
 #
-#   bash launch/quickstart.sh [--workdir=FOLDER] [--config.base.train.steps=500] ...
+#   bash launch/quickstart.sh [--workdir=FOLDER] [--config.base.train.num_train_steps=500] ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env demo

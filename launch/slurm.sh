@@ -2,7 +2,7 @@
 # Trains on the nodes of a SLURM cluster, one process for each GPU:  sbatch launch/slurm.sh [--flags of diffax.main]
 # Call it in the repository, which like the workdir must lie where all nodes see it. Not tried on a cluster yet.
 #
-# Two minutes before the end of the time, and at a preemption, every process is told; they save and exit with 75, and
+# Two minutes before the end of the time, and at a preemption, every process gets a signal; they save and exit with 75, and
 # the job is queued again and goes on.
 #SBATCH --job-name=diffax --output=diffax_%j.log --open-mode=append --requeue --signal=TERM@120
 #

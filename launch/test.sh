@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checks that a change must pass: ruff, then pytest on the CPU. Arguments go to pytest.
 #
-#   bash launch/test.sh [tests/samplers_test.py] [-k ddim] ...
+#   bash launch/test.sh [tests/diffusion/samplers_test.py] [-k ddim] ...
 #   bash launch/test.sh -m ""    all tests: by default those marked slow, which repeat on a larger scale or in another mode
 #                                what others test, are left out and counted as deselected
 set -euo pipefail

@@ -78,7 +78,7 @@ while true; do
     code=$?
   [ "$code" -ne 0 ] || break
   now=$(state)
-  # 75: told to stop, and saved. 255 is ssh's own: the host is gone.
+  # 75: stopped by a signal, and saved. 255 is ssh's own: the host is gone.
   if [ "$now" = READY ] && [ "$code" -ne 75 ] && [ "$code" -ne 255 ]; then
     echo "diffax: the run failed with $code on a healthy slice; not tried again" >&2
     exit "$code"

@@ -54,9 +54,9 @@ def train(
       workdir: where everything is written; by default runs/NAME.
       stage: train this section alone; by default all that are not trained elsewhere, one after the other.
       on_step: (step, averaged metrics) -> None, after every row of metrics.jsonl.
-      on_sample: (step, sample_fn) -> None, every `train.sample_every` steps and at the end, with the averaged parameters
-        of that moment; by default a grid of samples is drawn. It is not called for models that are not sampled, or
-        whose sampling needs others that are not trained yet.
+      on_sample: (step, sample_fn) -> None, every `train.sample_every` steps and at the end, with the averaged
+        parameters of that moment; by default a grid of samples is drawn. It is not called for models that are not
+        sampled, or whose sampling needs others that are not trained yet.
       tensorboard: also write TensorBoard events.
 
     Returns:

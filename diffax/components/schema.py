@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import math
 import re
 import typing
@@ -89,6 +90,11 @@ class Fields(ConfigDict):
                 old.update(value)
             else:
                 self[name] = value
+
+    def __repr__(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=repr)  # ConfigDict's own would sort the fields
+
+    __str__ = __repr__
 
 
 @functools.cache
@@ -214,6 +220,7 @@ _SYNONYMS = {
 
 
 def unknown(path: str, name: str, fields: Mapping[str, Field]) -> UserError:
+    """The error for a field that a section does not have, with the one that was probably meant."""
     there = {field: f"{path}.{field}" for field in fields}
     words = there | {word: there[field] for word, field in _SYNONYMS.items() if field in there}
     near = [words[word] for word in difflib.get_close_matches(str(name), words, n=1)]

@@ -1,1 +1,1 @@
-"""Conditions: what a model is told besides its noise level."""
+"""Conditions: what a model depends on besides its noise level."""

@@ -6,9 +6,7 @@ and then a condition is a few lines:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Pose(Condition):
-        \"""A vector of joint angles.\"""
-
-        size: int = 12
+        size: int = 12  # of a vector of joint angles
 
         def example(self):
             return jax.ShapeDtypeStruct((self.size,), jnp.float32)
@@ -210,7 +208,7 @@ class Condition:
         return given
 
     def size(self, given: Tree) -> tuple[int, int] | None:
-        """Height and width that this value asks of the result; None: it does not matter."""
+        """Height and width that this value requires of the result; None: it does not matter."""
         del given
         return None
 

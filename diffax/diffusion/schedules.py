@@ -3,7 +3,7 @@
 A *level* is two numbers: the `time` that the network's timestep embedding gets and the log signal-to-noise ratio
 (`logsnr`); clean data has logsnr = +inf. A *schedule* is a function from u in [0, 1] (0 clean, 1 noise) to a level, as
 an optax schedule is a function of a count. A table of betas and a closed formula are both such functions, and callers
-cannot tell them apart. Training draws u; respacing, DDIM and the few-step solvers only choose other u.
+cannot distinguish them. Training draws u; respacing, DDIM and the few-step solvers only choose other u.
 
 Tables are made on the host in float64 and cast once, by `transitions`.
 """

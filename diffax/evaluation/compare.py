@@ -1,4 +1,4 @@
-"""Two sets of pictures compared by the numbers that papers print (floor 4): `python -m diffax.evaluation A B`."""
+"""Two sets of pictures compared by the numbers that papers print: `python -m diffax.evaluation A B`."""
 
 import argparse
 import concurrent.futures

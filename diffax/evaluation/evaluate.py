@@ -1,4 +1,4 @@
-"""How good a trained model is, in numbers (floor 4).
+"""How good a trained model is, in numbers.
 
 As a command, `python -m diffax.evaluation A B`, it compares two sets of pictures: see `diffax.evaluation.compare`.
 """
@@ -245,7 +245,8 @@ def training_pictures(section: Mapping[str, Any], source: pathlib.Path) -> compa
 
 def choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Arguments of a call of a `SampleFn`: every combination of what the config's `eval` has of guidance, samplers and
-    steps; the config's own where it has none."""
+    steps; the config's own where it has none.
+    """
     kinds = {"guidance": settings["guidance"], "sampler": settings["samplers"], "steps": settings["steps"]}
     kinds = {name: values for name, values in kinds.items() if values}
     return [dict(zip(kinds, chosen, strict=True)) for chosen in itertools.product(*kinds.values())]
@@ -529,7 +530,8 @@ def guide_accuracy(
 
 def write_classifier_report(folder: pathlib.Path, found: Mapping[str, np.ndarray], step: int) -> dict[str, float]:
     """Writes accuracy.png (against the noise level) and a row of held_out.jsonl (means, and by quarter of the noise
-    range, quietest first); returns the row."""
+    range, quietest first); returns the row.
+    """
     row = {name: round(float(v.mean()), 4) for name, v in found.items() if name != "u"}
     for q, part in enumerate(np.array_split(np.arange(len(found["u"])), 4)):
         row |= {f"{name}_q{q}": round(float(found[name][part].mean()), 4) for name in found if "top" in name}

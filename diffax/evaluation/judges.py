@@ -1,4 +1,4 @@
-"""Judges: classifiers of real pictures that tell what generated ones show (floor 4).
+"""Judges: classifiers of real pictures that tell what generated ones show.
 
 A judge has seen no generated picture and no noise, and is none of the classifiers that guide.
 """

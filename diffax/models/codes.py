@@ -1,4 +1,4 @@
-"""Embeddings as the priors of DALL-E 2 meet them (floor 0): scaled, in principal components, as codes.
+"""Embeddings as the priors of DALL-E 2 meet them: scaled, in principal components, as codes.
 
 Ramesh et al. 2022, section 2.2. What is fitted is fitted on the host in float64 and cast once; what is applied to
 embeddings are pure functions of arrays, to be traced.

@@ -102,7 +102,7 @@ class ImageEncoder(Tower):
 
         Args:
           image: [B, H, W, C] floats, [-1, 1] where they are clean.
-          time: [B], the schedule's clock, rounded to a step 0 .. times - 1; out of this range gives NaN. None for
+          time: [B], as the schedule numbers it, rounded to a step 0 .. times - 1; out of this range gives NaN. None for
             clean images.
 
         Returns:
@@ -207,6 +207,7 @@ class CLIP(nn.Module):
     text: TextEncoder
 
     def setup(self):
+        """Makes the scale, which both encoders share."""
         # exp of it multiplies the cosines; 0.07 is CLIP's first temperature
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(0.07)), ())
 

@@ -1,4 +1,4 @@
-"""The Inception network of the FID, in the form that was published for it in December 2015 (floor 0).
+"""The Inception network of the FID, in the form that was published for it in December 2015.
 
 It differs from the Inception-v3 that was published later, with other weights: averages leave the padding out, the last
 block pools by the maximum, there are 1008 logits, and pictures are enlarged as TensorFlow 1 did it. Parameters bear the
@@ -199,7 +199,9 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Args:
+        """Computes the features.
+
+        Args:
           images: [B, H, W, 3], any numbers in [0, 255]; any size, which is changed to 299x299.
 
         Returns:

@@ -1,7 +1,6 @@
-"""The layers that every network of this family is made of (floor 0).
+"""The layers that every network of this family is made of.
 
-Arrays are [B, H, W, C]. A layer computes in `Style.dtype`; statistics, softmax and parameters stay
-float32.
+Arrays are [B, H, W, C]. A layer computes in `Style.dtype`; statistics, softmax and parameters stay float32.
 """
 
 import zlib
@@ -12,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffax.networks.kernels import attend, flash_attend, group_norm
+from diffax.networks.kernels import attend, flash_attend, group_norm, upsample, upsampled_conv
 
 Array = jax.Array
 
@@ -96,7 +95,7 @@ def dense(style: Style, features: int, *, zero: bool = False, gain: float = 1.0,
 
 
 def sinusoid(time: Array, width: int, kind: str = "openai", max_period: float = 10_000.0) -> Array:
-    """Sinusoidal embedding of the network's clock (Vaswani et al. 2017, section 3.5).
+    """Sinusoidal timestep embedding (Vaswani et al. 2017, section 3.5).
 
     Args:
       time: [B], any real numbers.
@@ -117,7 +116,7 @@ def sinusoid(time: Array, width: int, kind: str = "openai", max_period: float = 
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm (Wu & He 2018), with the scale and shift of adaptive GroupNorm folded in, and SiLU if asked."""
+    """GroupNorm (Wu & He 2018), with the scale and shift of adaptive GroupNorm folded in, then SiLU, or not."""
 
     style: Style
     silu: bool = False
@@ -286,23 +285,8 @@ def causal(length: int) -> Array:
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
-def upsample(x: Array) -> Array:
-    """Twice the size, nearest neighbour."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
-# [place in a pixel of twice the size, pixel of the small picture, tap of the 3x3 kernel] along one side
-UPSAMPLED_TAPS = ([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-
-
 class UpConv(nn.Module):
-    """A 3x3 convolution of `upsample(x)`, which is never made: 2.25 times fewer products, equal up to rounding.
-
-    Of the pixels that a tap sees several are the same one; the four places of a pixel have 2x2 kernels, which sum
-    the taps. Parameters are those of the convolution.
-    """
+    """A 3x3 convolution of `upsample(x)`; its parameters are those of the convolution."""
 
     style: Style
     features: int
@@ -310,20 +294,9 @@ class UpConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x: [B, H, W, C]. Returns [B, 2 H, 2 W, features]."""
-        batch, height, width, channels = x.shape
-        kernel = self.param("kernel", kernel_init(self.style), (3, 3, channels, self.features))
+        kernel = self.param("kernel", kernel_init(self.style), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        taps = jnp.asarray(UPSAMPLED_TAPS)
-        kernels = jnp.einsum("prk,qsl,klio->pqrsio", taps, taps, kernel, precision="highest").astype(self.style.dtype)
-        numbers = ("NHWC", "HWIO", "NHWC")
-
-        def place(p: int, q: int) -> Array:
-            edges = [(1 - p, p), (1 - q, q)]
-            return jax.lax.conv_general_dilated(x, kernels[p, q], (1, 1), edges, dimension_numbers=numbers)
-
-        x = x.astype(self.style.dtype)
-        y = jnp.stack([jnp.stack([place(p, 0), place(p, 1)], 3) for p in (0, 1)], 2)
-        return y.reshape(batch, 2 * height, 2 * width, self.features) + bias.astype(self.style.dtype)
+        return upsampled_conv(x.astype(self.style.dtype), kernel) + bias.astype(self.style.dtype)
 
 
 def downsample(x: Array) -> Array:
@@ -353,11 +326,11 @@ class Dropout(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the clock in between, added to a skip path; the identity at first.
+    """Two convolutions with the timestep embedding in between, added to a skip path; the identity at first.
 
-    `scale_shift` False adds the clock to the features (Ho et al. 2020); True scales and shifts the
-    normalised features with it (Nichol & Dhariwal 2021, section 6). `resample` (`upsample` or
-    `downsample`) changes the size of both paths, as in BigGAN (Dhariwal & Nichol 2021, section 3).
+    `scale_shift` False adds the embedding to the features (Ho et al. 2020); True scales and shifts the normalised
+    features with it (Nichol & Dhariwal 2021, section 6). `resample` (`upsample` or `downsample`) changes the size of
+    both paths, as in BigGAN (Dhariwal & Nichol 2021, section 3).
     """
 
     style: Style
@@ -377,13 +350,13 @@ class ResBlock(nn.Module):
                 h, x = self.resample(h), self.resample(x)
             h = conv(self.style, self.channels, name="conv1")(h)
 
-        clock = nn.silu(vector).astype(self.style.dtype)
-        clock = dense(self.style, self.channels * (1 + self.scale_shift), name="time")(clock)
+        embedded = nn.silu(vector).astype(self.style.dtype)
+        embedded = dense(self.style, self.channels * (1 + self.scale_shift), name="time")(embedded)
         norm = GroupNorm(self.style, silu=True, name="norm2")
         if self.scale_shift:
-            h = norm(h, *jnp.split(clock, 2, axis=-1))
+            h = norm(h, *jnp.split(embedded, 2, axis=-1))
         else:
-            h = norm(h + clock[:, None, None])
+            h = norm(h + embedded[:, None, None])
         h = Dropout(self.dropout, name="dropout")(h, keys)
         h = conv(self.style, self.channels, zero=True, name="conv2")(h)
 
@@ -400,6 +373,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C]. Returns [B, H / 2, W / 2, C]."""
         edges = choose(PADS, self.pad, "downsample_pad")
         return conv(self.style, x.shape[-1], stride=2, pad=(edges, edges), name="conv")(x)
 
@@ -411,4 +385,5 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C]. Returns [B, 2 H, 2 W, C]."""
         return UpConv(self.style, x.shape[-1], name="conv")(x)

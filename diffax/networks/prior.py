@@ -221,19 +221,19 @@ def sample_codes(
 
         return jax.vmap(draw)(keys, logits).astype(jnp.int32)
 
-    def ask(codes: Array, cache: Mapping, at: Array | None = None) -> tuple[Array, Mapping]:
+    def logits_of(codes: Array, cache: Mapping, at: Array | None = None) -> tuple[Array, Mapping]:
         rows = codes if dropped is None else jnp.concatenate([codes, codes])
         logits, state = prior.apply({"params": params, **cache}, rows, None, context, at=at, mutable=["cache"])
         return logits, state
 
     def step(carry, n):
         codes, cache = carry
-        logits, cache = ask(codes, cache, n)
+        logits, cache = logits_of(codes, cache, n)
         return (codes.at[:, n].set(choose_code(logits, n)), cache), None
 
     length = nn.meta.unbox(params["position"]).shape[0]
     codes = jnp.zeros((len(keys), length), jnp.int32)
-    logits, cache = ask(codes, {})  # of no code but the first; what the cache holds of others is overwritten in time
+    logits, cache = logits_of(codes, {})  # of the first code alone; what the cache holds of others is overwritten
     codes = codes.at[:, 0].set(choose_code(logits, jnp.int32(0)))
     (codes, _), _ = jax.lax.scan(step, (codes, cache), jnp.arange(1, length))
     return codes

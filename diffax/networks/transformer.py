@@ -1,4 +1,4 @@
-"""The text transformer of GLIDE, trained with the U-Net that it conditions (floor 0)."""
+"""The text transformer of GLIDE, trained with the U-Net that it conditions."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ class Text(nn.Module):
     """A caption, read by a transformer without a mask (GLIDE, section 3.1; released code).
 
     The condition is one array of token ids, and -1 is padding: so the mask cannot contradict the tokens, and a caption
-    is withheld by -1 at every position. Padding takes part in attention, here and in the U-Net; in the last position,
+    is dropped by -1 at every position. Padding takes part in attention, here and in the U-Net; in the last position,
     mostly padding, the vector is read.
 
     Attributes:
@@ -48,7 +48,7 @@ class Text(nn.Module):
 
         Args:
           text: [B, length] integers; -1 is padding. A token out of range gives NaN.
-          z: ignored, as what a caption says depends neither on z nor on the clock.
+          z: ignored, as what a caption says depends neither on z nor on the timestep.
 
         Returns:
           The vector [B, features] float32, a projection of the last position, and the sequence [B, length, width].

@@ -110,7 +110,7 @@ class Encoder(nn.Module):
                 "change it or net.channels"
             )
         for heads in self.head_counts:
-            if not self.head_channels and width % heads:
+            if not self.head_channels and (heads < 1 or width % heads):
                 raise ValueError(
                     f"{heads} heads do not divide the {width} channels at factor {factor}; change net.heads, "
                     "net.heads_up or net.channels"
@@ -118,6 +118,7 @@ class Encoder(nn.Module):
 
     @property
     def style(self) -> Style:
+        """What the layers share."""
         return Style(self.groups, self.norm_eps, self.kernel_init, self.dtype, self.flash)
 
     @property
@@ -136,6 +137,7 @@ class Encoder(nn.Module):
         return block(self.style, self.num_heads(width, heads), name=name)
 
     def num_heads(self, width: int, heads: int) -> int:
+        """Heads of an attention layer of that width."""
         return width // self.head_channels if self.head_channels else heads
 
     def embed_time(self, time: Array) -> Array:
@@ -189,7 +191,7 @@ class UNet(Encoder):
 
     out_channels: Annotated[int, WIRED] = 3
     heads_up: Annotated[int, In(0, 1024)] = 0
-    attention_up: Annotated[tuple[int, ...] | None, In(1, 2**12)] = None
+    attention_up: Annotated[tuple[int, ...] | None, In(1, 2**12), Length(0, 12)] = None
 
     @property
     def attends_at(self) -> set[int]:

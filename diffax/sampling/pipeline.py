@@ -1,4 +1,4 @@
-"""From a trained workdir to pictures, in one call (floor 4)."""
+"""From a trained workdir to pictures, in one call."""
 
 import dataclasses
 import functools

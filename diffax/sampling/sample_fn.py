@@ -12,10 +12,10 @@ import numpy as np
 from diffax import components
 from diffax.conditions.base import Condition, one_each
 from diffax.conditions.text import as_texts
-from diffax.data import images
 from diffax.errors import UserError
 from diffax.models import cascade
 from diffax.models.base import Generator, Sampling, Start, clip_of
+from diffax.sampling import arguments
 from diffax.training import parallel, reporting
 
 Params = Any
@@ -176,7 +176,7 @@ class SampleFn:
             "edit": {name: one_each(name, array, n, 3) for name, array in edit.items()},
         }
         run = self._run(steps, sampler, eta, keep, every_stage, float(strength or 1))
-        return self._in_batches(run, _keys(key, first, n), tree, batch_size)
+        return self._in_batches(run, arguments.keys(key, first, n), tree, batch_size)
 
     def _run(self, steps, sampler, eta, keep, every_stage, strength) -> Callable[..., Any]:
         grids, samplers = self._by_stage("steps", steps), self._by_stage("sampler", sampler)
@@ -230,7 +230,7 @@ class SampleFn:
         Raises:
           UserError: no stage has a CLIP, or a picture cannot be read.
         """
-        clip, image = self.clip, _picture(image, "sample_fn.embed")
+        clip, image = self.clip, arguments.picture(image, "sample_fn.embed")
         if image.ndim not in (3, 4) or image.shape[-1] != clip.shape[-1] or not image.size:
             raise UserError(
                 f"image is {image.shape}; sample_fn.embed; pass one picture [h, w, {clip.shape[-1]}] or several"
@@ -283,7 +283,7 @@ class SampleFn:
                 f"{self.models[0].name} comes first and makes no pictures from noise alone; sample_fn.invert; start "
                 "at a stage that does: sample_fn.starting_at(NAME)"
             )
-        image = _in_range(_picture(image, "sample_fn.invert"), "sample_fn.invert")
+        image = arguments.in_range(arguments.picture(image, "sample_fn.invert"), "sample_fn.invert")
         if image.ndim not in (3, 4) or image.shape[-3:] != tuple(model.shape):
             raise UserError(
                 f"image is {image.shape}; sample_fn.invert; {model.name} makes pictures of {model.shape}: resize it"
@@ -319,7 +319,7 @@ class SampleFn:
                 raise UserError(f"the condition {name!r} is missing; sample_fn; pass {name}={how.get(name, '[...]')}")
 
     def _count(self, n: int | None, conditions: Mapping, numbers: Sequence, edit: Mapping) -> int:
-        """How many pictures are asked for: n, or as many as there are conditions, scales or levels."""
+        """How many pictures to make: n, or as many as there are conditions, scales or levels."""
         lengths = [len(array) for array in edit.values() if array.ndim == 4]
         lengths += [self.arguments[name].count(value) or 1 for name, value in conditions.items()]
         for given in numbers:
@@ -327,7 +327,7 @@ class SampleFn:
                 lengths += [len(value)] if isinstance(value, Sequence | np.ndarray) and np.ndim(value) == 1 else []
         n = max(lengths, default=1) if n is None else n
         if not isinstance(n, int | np.integer) or n < 1:
-            raise UserError(f"there is nothing to sample (n = {n}); sample_fn; ask for at least one picture")
+            raise UserError(f"there is nothing to sample (n = {n}); sample_fn; n is at least 1")
         return int(n)
 
     def _given(self, conditions: Mapping[str, Any], level: Any, n: int) -> dict[str, dict[str, Any]]:
@@ -369,13 +369,15 @@ class SampleFn:
         """{guided model: [n] float32}."""
         own = {model.name: model.scale for model in self.models if model.scale is not None}
         none = "this model has no guidance with a scale; sample_fn; see `guidance` of a stage in the config"
-        return _numbers("guidance", guidance, own, n, none=none)
+        return arguments.numbers("guidance", guidance, own, n, none=none)
 
     def _levels(self, level: Any, n: int) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         """{(model that enlarges a noised picture, its condition): {'level': [n] float32}}."""
         noised = noised_conditions(self.models)
         own = {name: c.level for name, c in noised.items()}
-        levels = _numbers("level", level, own, n, none="no stage has a noised smaller picture; sample_fn(level=...)")
+        levels = arguments.numbers(
+            "level", level, own, n, none="no stage has a noised smaller picture; sample_fn(level=...)"
+        )
         return {(name, noised[name].name): noised[name].levels(values, n) for name, values in levels.items()}
 
     def _by_stage(self, what: str, given: Any) -> tuple[tuple[str, str], ...]:
@@ -410,88 +412,14 @@ class SampleFn:
                 f"{self.models[0].name} enlarges a picture, so nothing can be edited; sample_fn; use a model of the "
                 "whole cascade"
             )
-        _check_strength(strength)
-        image = _picture(image, "sample_fn")
+        arguments.check_strength(strength)
+        image = arguments.picture(image, "sample_fn")
         if image.ndim not in (3, 4) or image.shape[-3:] != shape:
             raise UserError(
                 f"image is {image.shape}; sample_fn; this model edits pictures of {shape}: resize or crop it"
             )
-        _in_range(image, "sample_fn")
-        return {"image": image} if mask is None else {"image": image, "known": _known(mask, image, shape)}
-
-
-# ---- pieces ---------------------------------------------------------------------------------------------------------
-
-
-def _check_strength(strength: Any) -> None:
-    if strength is None:
-        return
-    if not isinstance(strength, int | float | np.number) or not 0 < strength <= 1:
-        raise UserError(
-            f"strength is {strength!r}; sample_fn; pass a number above 0, the picture, up to 1, noise alone"
-        )
-
-
-def _known(mask: Any, image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    known = np.asarray(mask)
-    if known.shape not in (image.shape[:-1], shape[:2]):
-        raise UserError(f"mask is {known.shape}; sample_fn; it must be {image.shape[:-1]}, like the image")
-    if known.dtype.kind not in "biuf" or not np.isin(known, (0, 1)).all():
-        raise UserError("mask has values besides 0 and 1; sample_fn; pass 1 where the picture stays, 0 elsewhere")
-    return known.astype(np.float32)[..., None]
-
-
-def _picture(image: Any, where: str) -> np.ndarray:
-    """A picture or several as floats.
-
-    Raises:
-      UserError: it is no array of pixels.
-    """
-    try:
-        array = np.asarray(image)
-        if array.dtype.kind not in "uif":
-            raise TypeError
-        return images.as_floats(array)
-    except (TypeError, ValueError):
-        kind = type(image).__name__
-        raise UserError(f"image is no array of pixels, but {kind}; {where}; pass uint8, or floats in [-1, 1]") from None
-
-
-def _in_range(image: np.ndarray, where: str) -> np.ndarray:
-    """The image, if its values are in [-1, 1]."""
-    if not np.isfinite(image).all() or np.abs(image).max(initial=0) > 1 + 1e-3:
-        raise UserError(f"image has values outside [-1, 1]; {where}; pass uint8, or floats in [-1, 1]")
-    return image
-
-
-def _keys(key: Any, first: int, n: int) -> jax.Array:
-    """[n] keys: of a seed, of one key, or as they are."""
-    if isinstance(key, bool | float | str) or key is None:
-        raise UserError(f"key is {key!r}; sample_fn; pass a seed, a whole number, or a key of jax.random")
-    key = jax.random.key(key) if isinstance(key, int | np.integer) else key
-    keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(first, first + n))
-    if len(keys) != n:
-        raise UserError(f"{len(keys)} keys for {n} pictures; sample_fn; pass one for all, or one each")
-    return keys
-
-
-def _numbers(what: str, given: Any, own: Mapping[str, float], n: int, *, none: str) -> dict[str, np.ndarray]:
-    """{stage: [n] float32}: `own` where nothing else is given, as one number, one each, or {stage: either}."""
-    if given is not None and not own:
-        raise UserError(none)
-    given = given if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(own, given)
-    numbers = {name: np.full(n, value, np.float32) for name, value in own.items()}
-    for name, value in given.items():
-        if name not in own:
-            raise UserError(f"no stage {name!r} has {what}; sample_fn({what}=...); {', '.join(own)} has")
-        try:
-            array = np.asarray(value, np.float32)
-        except (TypeError, ValueError):
-            array = np.float32(np.nan)
-        if not np.isfinite(array).all() or array.ndim > 1:
-            raise UserError(f"{what} is {value!r}; sample_fn; pass a number, or one for each picture")
-        numbers[name] = one_each(what, array, n, 0)
-    return numbers
+        arguments.in_range(image, "sample_fn")
+        return {"image": image} if mask is None else {"image": image, "known": arguments.known(mask, image, shape)}
 
 
 def noised_conditions(models: Sequence[Generator]) -> dict[str, Condition]:

@@ -1,4 +1,4 @@
-"""Compile ahead: what a config's programs need on devices that need not be here (floor 4.1).
+"""Compile ahead: what a config's programs need on devices that need not be here.
 
 The very train step and sampler are compiled, with abstract arguments, for a TPU slice by libtpu, or for the devices at
 hand. XLA then says how much memory a device needs, and how many operations and bytes it would take it.

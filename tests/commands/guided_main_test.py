@@ -12,8 +12,8 @@ from PIL import Image
 
 import diffax
 from diffax import main
-from diffax.models import stages
-from diffax.sampling import pipeline
+from diffax.models import cascade
+from diffax.sampling import sample_fn as sampling
 from diffax.training import reporting
 from tests import micro
 
@@ -24,8 +24,7 @@ CLASSIFIER = tuple(
 )
 STEERED = (
     *CLASSIFIER,
-    "config.base.takes=none",
-    "config.base.num_classes=0",
+    "config.base.conditions=none",
     "config.base.net.head_channels=0",
     "config.classifier.net.head_channels=0",
     "config.eval.guidance=0,2",
@@ -45,7 +44,7 @@ def steered(tmp_path_factory):
 def free(tmp_path_factory):
     """A model for classifier-free guidance."""
     workdir = tmp_path_factory.mktemp("runs") / "free"
-    flags = [f for f in micro.flags(workdir, *FREE, config="cfg_imagenet_64:tiny") if "base.schedule.steps" not in f]
+    flags = [f for f in micro.flags(workdir, *FREE, config="cfg_imagenet_64:tiny") if "base.schedule" not in f]
     assert main.run(flags) == 0
     return workdir
 
@@ -81,18 +80,18 @@ def test_evaluate_sweeps_guidance_samplers_and_steps(which, request, capsys):
 @pytest.mark.parametrize("which", ["steered", "free"])
 def test_labels_guidance_and_seeds_share_one_program(which, request, monkeypatch):
     sample_fn = diffax.load(request.getfixturevalue(which))
-    assert sample_fn.takes == ("label",) and sample_fn.num_classes == 10
-    made, pure_of = [], stages.sample_fn
+    assert [*sample_fn.arguments] == ["label"] and sample_fn.num_classes == 10
+    made, pure_of = [], cascade.cascade
 
     def counted(*args, **kwargs):
         made.append(chex.assert_max_traces(pure_of(*args, **kwargs), n=1))
         return made[-1]
 
-    monkeypatch.setattr(pipeline.stages, "sample_fn", counted)
-    pipeline._compiled.cache_clear()
+    monkeypatch.setattr(cascade, "cascade", counted)
+    sampling._compiled.cache_clear()
     chex.clear_trace_counter()
     plain = sample_fn(0, label=[3, 7, 1])
-    chex.assert_trees_all_close(sample_fn(0, label=[3, 7, 1], guidance=sample_fn.stages[0].scale), plain, atol=1e-5)
+    chex.assert_trees_all_close(sample_fn(0, label=[3, 7, 1], guidance=sample_fn.models[0].scale), plain, atol=1e-5)
     more = sample_fn(0, label=[3, 7, 1], guidance=[0.0, 20.0, -1.0])
     assert np.isfinite(more).all()
     chex.assert_trees_all_close(sample_fn(0, label=[3, 7, 1], guidance={"base": [0.0, 20.0, -1.0]}), more)
@@ -100,7 +99,7 @@ def test_labels_guidance_and_seeds_share_one_program(which, request, monkeypatch
     chex.assert_trees_all_close(sample_fn(0, label=[3, 5, 5], guidance=[0.0, 1.0, 1.0])[0], more[0], atol=1e-4)
     sample_fn(1, label=[0, 0, 0], guidance=2)
     assert len(made) == 1
-    pipeline._compiled.cache_clear()
+    sampling._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("which", ["steered", "free"])
@@ -114,7 +113,7 @@ def test_labels_guidance_and_seeds_share_one_program(which, request, monkeypatch
         ({"label": 1, "guidance": "strong"}, "guidance is 'strong'"),
         ({"label": 1, "guidance": [[1, 2], [3]]}, "guidance is"),
         ({"label": [1, 2], "guidance": [1, 2, 3]}, "values of"),
-        ({"label": 1, "guidance": {"up": 1.0}}, "no stage 'up' takes guidance"),
+        ({"label": 1, "guidance": {"up": 1.0}}, "no stage 'up' has guidance"),
         ({"label": 1, "n": 0}, "nothing to sample"),
         ({"label": 1, "steps": 0}, "steps"),
         ({"label": 1, "sampler": "dpm_solver"}, "did you mean dpm_solver_2m"),
@@ -129,10 +128,10 @@ def test_bad_arguments_get_one_line(which, request, kwargs, message):
 
 def test_the_pure_sampler_is_exported(free):
     sample_fn = diffax.load(free)
-    pure = stages.sample_fn(sample_fn.stages)
+    pure = cascade.cascade(sample_fn.models)
 
     def sample(params, seeds, label, scale):
-        return pure(params, jax.vmap(jax.random.key)(seeds), label=label, guidance={"base": scale})
+        return pure(params, jax.vmap(jax.random.key)(seeds), {"base": {"label": label}}, {"base": scale})
 
     given = (sample_fn.params, jnp.arange(3), jnp.array([1, 2, 3]), jnp.array([0.0, 1.0, 2.0]))
     exported = jax.export.export(jax.jit(sample))(*jax.tree.map(jnp.asarray, given))
@@ -163,7 +162,7 @@ def test_stages_are_jobs_of_their_own(steered, tmp_path, capsys):
 
 def test_loading_by_a_config_and_a_checkpoint(free, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved = json.loads((free / "config.json").read_text())
+    saved = json.loads((free / "base" / "config.json").read_text())
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(f"""
         import json
@@ -191,10 +190,10 @@ def test_loading_by_a_config_and_a_checkpoint(free, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_an_older_checkpoint_without_new_fields_still_loads():
+def test_an_older_config_without_new_fields_still_loads():
     from diffax import config as configs
 
-    section = configs.to_dict(configs.load("quickstart"))["base"]
-    old = {k: v for k, v in section.items() if k not in ("drop", "classifier", "guidance_scale", "workdir")}
-    old["net"] = {k: v for k, v in old["net"].items() if k != "pool"}
-    assert configs.complete_section(old) == section
+    whole = configs.to_dict(configs.load("quickstart"))
+    old = {**whole, "base": {k: v for k, v in whole["base"].items() if k not in ("guidance", "workdir", "temperature")}}
+    old["base"]["net"] = {k: v for k, v in whole["base"]["net"].items() if k != "dropout"}
+    assert configs.to_dict(configs.from_dict(old)) == whole

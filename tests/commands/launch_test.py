@@ -1,6 +1,6 @@
 """The launch scripts: their syntax, and what they do with stand-ins for Python and gcloud.
 
-Two processes train for real by launch/local.sh in parallel_test.
+Two processes train for real by launch/local.sh in tests/training/two_processes_test.py.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parent.parent / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 # In place of Python: notes its arguments, and does as BEHAVIOUR says, by the number of the process.

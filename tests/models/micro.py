@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffax import config as configs
+from diffax.components import Fields
 from diffax.config import spec
 from diffax.models.system import System
 
@@ -24,7 +25,7 @@ def unet(**fields: Any) -> ConfigDict:
 
 def each(kind: str, **sections: Any) -> ConfigDict:
     """Components by name: `each('condition', label=dict(num_classes=3))`; `name` where it is another than the key."""
-    found = ConfigDict(type_safe=False)
+    found = Fields()
     for key, fields in sections.items():
         fields = dict(fields)
         found[key] = spec(kind, fields.pop("name", key), **fields)

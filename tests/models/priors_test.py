@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from diffax.diffusion import guidance, schedules
-from diffax.models import cascade, codes
-from diffax.models import diffusion as diffusion_model
+from diffax.models import analytic, cascade, codes
+from diffax.models.analytic import analytic_variance
+from diffax.models.base import Sampling
 from diffax.models.best_of import nearest
-from diffax.models.diffusion import analytic_variance
 from tests.models import micro, systems
 from tests.models.protocol_test import statistics_of
 
@@ -70,13 +70,7 @@ def test_the_nearest_candidate_is_kept(dalle2):
     kept, single, wanted = run()
     best = np.argmax(np.einsum("bne,be->bn", single, wanted), 1)
     np.testing.assert_allclose(kept, np.asarray(single)[np.arange(4), best], rtol=1e-3, atol=1e-4)
-    assert both.resampled(cascade.Generator and base_choice("2")).num_steps == 2
-
-
-def base_choice(steps):
-    from diffax.models.base import Sampling
-
-    return Sampling(steps=steps)
+    assert both.resampled(Sampling(steps="2")).num_steps == 2
 
 
 # ---- the variance of the diffusion prior ----------------------------------------------------------------------------
@@ -101,7 +95,7 @@ def test_what_the_prior_leaves_open_is_measured(dalle2, monkeypatch):
     system, params = dalle2
     model = system.generators[0].generator
     assert model.analytic and model.variance == "fixed_small"
-    monkeypatch.setattr(diffusion_model, "RESIDUAL_EXAMPLES", 12)
+    monkeypatch.setattr(analytic, "EXAMPLES", 12)
     own, asked = micro.drawn(model), []
 
     def batches():

@@ -166,7 +166,7 @@ def test_absence_is_never_nan():
         for name in ("prior", "decoder"):
             model = system.model(name).with_frozen({"clip": params["clip"]})
             batch, keys = micro.batch_of(model, 8), micro.keys_of(8)
-            gradient = jax.jit(jax.grad(lambda p, m=model, b=batch: jnp.mean(micro.loss_of(m, p, b, keys)[0])))
+            gradient = jax.jit(jax.grad(lambda p, m=model, b=batch, k=keys: jnp.mean(micro.loss_of(m, p, b, k)[0])))
             jax.block_until_ready(gradient(params[name]))
         models, given = system.generators, micro.given_of(system.generators, 2)
         scales = {model.name: np.zeros(2, np.float32) for model in models if model.scale is not None}

@@ -59,8 +59,8 @@ def test_a_model_is_built_once_and_shared():
         ("cascade", ["up.conditions.low_res.truncated=true", "up.conditions.low_res.level=0"], "a level above 0"),
         (
             "cascade",
-            ["up.conditions.low_res.truncated=true", "up.schedule.num_timesteps=80", "up.conditions.low_res.level=1"],
-            "config.up.conditions.low_res.level",
+            ["up.conditions.low_res.truncated=true", "up.schedule.num_timesteps=80"],
+            "truncated needs the sch",
         ),
         ("cascade", ["stages=base,down"], "config.stages names 'down'"),
         ("classifier-guided", ["base.guidance.classifier.section=clasifier"], "did you mean classifier"),

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from diffax.conditions import tokenizer
-from diffax.data import archives, shapes
+from diffax.data import archives
 from diffax.errors import UserError
+from examples.shapes import data as shapes
 
 HEADER = "#version: 0.2\n"
 # Of a tiny CLIP, with 'cat', 'cats' and 'it' whole.
