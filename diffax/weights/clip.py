@@ -279,14 +279,10 @@ def from_glide(
 def _architecture(
     size: int, *, features: int, activation: str, image: Mapping, text: Mapping, times: int = 0, ids: str = "clip"
 ) -> Architecture:
-    """The architecture of a CLIP.
+    """The architecture of a CLIP of `size` x `size` pictures.
 
     Args:
-      size: of the pictures.
-      features: of the embeddings.
-      activation: of both encoders.
-      image: fields of the image encoder.
-      text: fields of the text encoder, and the length of captions.
+      size, features, activation, image, text: see `networks.clip`; `text` has the length of captions too.
       times: steps of the noise schedule; 0: a CLIP of clean pictures.
       ids: the tokenizer, a component.
     """
