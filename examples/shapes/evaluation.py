@@ -1,6 +1,6 @@
 """The evaluation classifier of captioned shapes: whether samples show what their captions say.
 
-    config.eval.classifier = spec("evaluation", "examples.shapes.evaluation:captions")
+config.eval.classifier = spec("evaluation", "examples.shapes.evaluation:captions")
 """
 
 import dataclasses

@@ -117,7 +117,8 @@ def of_shapes(sample_fn, *names):
 @pytest.fixture(scope="module")
 def systems():
     return {
-        "glide": of_shapes(untrained.glide(), "base"),
+        "glide": of_shapes(untrained.glide(inpaint=False), "base"),
+        "inpaint": of_shapes(untrained.glide(), "base"),
         "unclip": of_shapes(untrained.unclip(), "prior", "decoder"),
     }
 
@@ -145,9 +146,9 @@ def run(systems, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_scores_of_glide(run, tmp_path, capsys):
-    found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=glide")
+    found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=inpaint")
     rows = {row["pictures"]: row for row in found["inpaint"]}
-    assert [rows[name]["method"] for name in rows] == ["", "replacement", "replacement"]
+    assert [rows[name]["method"] for name in rows] == ["", "trained to fill", "replacement"]
     assert all(row["known pixels changed"] == 0 and row["count"] == 8 for row in rows.values())
     assert rows["untouched"]["all"] == 0 and rows["untouched"]["still the old"] == 1
     assert rows["glide"]["still the old"] < 1
