@@ -1,4 +1,4 @@
-"""The scores of edits: what is seen without a network, and every section on micro models with a classifier that knows all."""
+"""The scores of edits: what is seen without a network, and every section on micro models."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_where_a_curve_reaches_a_level():
 
 
 class Known:
-    """A classifier that knows the pictures it was shown, and takes all others for a small red circle at the top left."""
+    """It knows the pictures it was shown, and takes all others for a small red circle at the top left."""
 
     accuracies = dict.fromkeys(edits.SAID, 1.0)
 
