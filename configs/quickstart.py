@@ -9,8 +9,9 @@ Command: bash launch/quickstart.sh
      or: python -m diffax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from diffax.config import new, spec, split_variant
 from diffax.configs._tiny import tiny
+
+from diffax.config import new, spec, split_variant
 
 VARIANTS = {"tiny": "a one-minute check that everything runs; the digits stay blurry"}
 
