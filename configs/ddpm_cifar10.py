@@ -8,9 +8,8 @@ Cost: the paper trained 800,000 steps in 10.6 hours on a TPU v3-8.
 Command: python -m diffax.main --config=configs/ddpm_cifar10.py --workdir=runs/ddpm_cifar10
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "augmented": "with non-leaking augmentation (Karras et al. 2022), for small data sets",
