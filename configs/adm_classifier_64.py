@@ -10,9 +10,8 @@ Command: python -m diffax.main --config=configs/adm_classifier_64.py --workdir=r
 Trained in the workdir of configs/adm_imagenet_64.py, it guides that model.
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded digits, minutes on a CPU"}
 

@@ -18,9 +18,8 @@ Command: python -m diffax.main --config=configs/adm_imagenet_256_uncond.py --wor
      and the same with --stage=classifier, at the same time or before; --mode=sample needs both.
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded digits, minutes on a CPU"}
 

@@ -19,9 +19,8 @@ Command: python -m diffax.main --config=configs/adm_imagenet_512.py --workdir=ru
 Sooner:  --config.base.sampler=ddim --config.base.steps=ddim25 --config.base.guidance.classifier.scale=9
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import add_section, each, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded digits, minutes on a CPU"}
 

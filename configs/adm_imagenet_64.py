@@ -17,9 +17,8 @@ Command: python -m diffax.main --config=configs/adm_imagenet_64.py --workdir=run
      and the same with --stage=classifier, at the same time or before; --mode=sample needs both.
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import add_section, each, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded digits, minutes on a CPU"}
 

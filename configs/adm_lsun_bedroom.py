@@ -10,9 +10,8 @@ Command: python -m diffax.main --config=configs/adm_lsun_bedroom.py --workdir=ru
 Sooner:  --config.base.steps=90,60,60,20,20
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded photos, minutes on a CPU"}
 

@@ -16,9 +16,8 @@ Command: python -m diffax.main --config=configs/adm_lsun_horse.py --workdir=runs
 Sooner:  --config.base.steps=90,60,60,20,20
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "nodropout": "without dropout: FID 2.95",

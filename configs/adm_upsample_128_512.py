@@ -22,9 +22,8 @@ Command: python -m diffax.main --config=configs/adm_upsample_128_512.py --workdi
 Sooner:  --config.up.sampler=ddim --config.up.steps=ddim25
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import load, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 to 64x64 embedded photos, minutes on a CPU"}
 

@@ -20,9 +20,8 @@ Command: python -m diffax.main --config=configs/adm_upsample_64_256.py --workdir
              --input=runs/adm_imagenet_64/base/samples_64x64x64x3.npz
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 to 64x64 embedded photos, minutes on a CPU"}
 

@@ -19,9 +19,8 @@ Command: python -m diffax.main --config=configs/cascade_256.py --workdir=runs/ca
      and the same with --stage=base and --stage=up_64, in any order; --mode=sample needs all.
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import add_section, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "8x8 to 16x16 to 32x32 embedded single shapes, minutes on a CPU"}
 

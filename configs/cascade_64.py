@@ -25,9 +25,8 @@ Command: python -m diffax.main --config=configs/cascade_64.py --workdir=runs/cas
 Sooner:  --config.base.steps=250 --config.up.steps=100
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "8x8 to 16x16 embedded single shapes, minutes on a CPU"}
 

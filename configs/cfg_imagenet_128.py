@@ -20,9 +20,8 @@ Command: python -m diffax.main --config=configs/cfg_imagenet_128.py --workdir=ru
 Sooner:  --config.base.steps=128
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded single shapes, minutes on a CPU"}
 

@@ -18,9 +18,8 @@ Cost: 400,000 steps of 2048 pictures: work for a TPU pod slice or many GPUs.
 Command: python -m diffax.main --config=configs/cfg_imagenet_64.py --workdir=runs/cfg_imagenet_64
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "p20": "p_uncond 0.2: FID 1.62 and IS 64.58 at guidance 1.1",

@@ -9,9 +9,8 @@ Command: python -m diffax.main --config=configs/clip_vit_b16.py
 Larger: configs/clip_vit_l14.py, configs/clip_vit_h16.py
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "32x32 embedded captioned shapes"}
 

@@ -11,9 +11,8 @@ Variant :ar has the autoregressive prior, of configs/dalle2_prior_ar.py, in the 
 With stages that were trained elsewhere: --config.clip.workdir=runs/dalle2_clip --config.prior.workdir=...
 """
 
-from diffax.configs._tiny import CAPTIONS
-
 from diffax.config import add_section, load, new, spec, split_variant
+from diffax.configs._tiny import CAPTIONS
 
 VARIANTS = {"tiny": "16x16 to 32x32 embedded captioned shapes", "ar": "the autoregressive prior"}
 CONFIGS = {

@@ -13,9 +13,8 @@ Command: python -m diffax.main --config=configs/dalle2_clip.py
 Then: configs/dalle2_prior.py, configs/dalle2_decoder_64.py
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 

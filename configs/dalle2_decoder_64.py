@@ -15,9 +15,8 @@ Variations of a picture: sample_fn = diffax.load('runs/dalle2_decoder_64')
 The whole system: configs/dalle2.py
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import add_section, each, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 

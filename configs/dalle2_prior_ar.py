@@ -15,9 +15,8 @@ Command: python -m diffax.main --config=configs/dalle2_prior_ar.py --config.clip
 The whole system: configs/dalle2.py:ar
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import add_section, each, load, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "embeddings of 16x16 embedded captioned shapes"}
 

@@ -11,9 +11,8 @@ To enlarge a picture: the same with --mode=sample --input=photo.png
 The whole system: configs/dalle2.py
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 to 32x32 embedded shapes"}
 

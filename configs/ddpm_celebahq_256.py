@@ -9,9 +9,8 @@ Cost: the paper trained 500,000 steps at 2.2 steps/s on a TPU v3-8, about 63 hou
 Command: python -m diffax.main --config=configs/ddpm_celebahq_256.py --workdir=runs/celebahq
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded photos, minutes on a CPU"}
 

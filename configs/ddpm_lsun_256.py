@@ -9,9 +9,8 @@ Cost: the paper's speed was 2.2 steps/s on a TPU v3-8: bedroom 2.4M steps, about
 Command: python -m diffax.main --config=configs/ddpm_lsun_256.py:church --workdir=runs/lsun_church
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "bedroom": "LSUN bedroom (the default)",

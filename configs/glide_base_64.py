@@ -18,9 +18,8 @@ With CLIP guidance: configs/glide_base_64.py:clip --mode=sample --config.base.wo
                     --config.clip.workdir=runs/glide_clip --prompt='...'
 """
 
-from diffax.configs._tiny import CAPTIONS, tiny
-
 from diffax.config import add_section, each, load, new, spec, split_variant
+from diffax.configs._tiny import CAPTIONS, tiny
 
 VARIANTS = {
     "clip": "guided by a noised CLIP (configs/glide_clip.py) in place of classifier-free guidance",

@@ -11,9 +11,8 @@ Command: python -m diffax.main --config=configs/glide_clip.py
 It guides: configs/glide_base_64.py:clip
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "16x16 embedded captioned shapes"}
 

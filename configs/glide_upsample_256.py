@@ -11,9 +11,8 @@ To enlarge a picture: the same with --mode=sample --input=photo.png --prompt='wh
 The whole system: configs/glide.py
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "paper": "1.5 billion parameters, as in the paper",

@@ -9,9 +9,8 @@ Command: python -m diffax.main --config=configs/iddpm_cifar10.py:hybrid --workdi
 Sooner:  --config.base.steps=250 samples 16 times faster at nearly the same quality.
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "hybrid": "L_simple + 0.001 L_vlb (the default)",

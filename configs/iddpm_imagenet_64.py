@@ -12,9 +12,8 @@ Cost: not in the paper; `cond` sees 512M images, so it is work for a TPU pod sli
 Command: python -m diffax.main --config=configs/iddpm_imagenet_64.py:cond --workdir=runs/imagenet_64
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "vlb": "unconditional, L_vlb with timesteps drawn by importance",

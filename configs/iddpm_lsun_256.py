@@ -11,9 +11,8 @@ Cost: not published; 154M pictures through a network of the size of configs/ddpm
 Command: python -m diffax.main --config=configs/iddpm_lsun_256.py --workdir=runs/iddpm_lsun_256
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {
     "bs64": "twice the steps, half the pictures in each, a fifth of the learning rate",

@@ -13,9 +13,8 @@ Command: python -m diffax.main --config=configs/iddpm_upsample_64_256.py --workd
              --input=runs/imagenet_64/base/samples_64x64x64x3.npz
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import each, new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "8x8 to 32x32 embedded digits, minutes on a CPU"}
 

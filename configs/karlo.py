@@ -15,9 +15,8 @@ Cost: 1,000,000 steps of each network.
 Command: python -m diffax.main --config=configs/karlo.py --mode=sample --workdir=WEIGHTS --prompt='a corgi in the snow'
 """
 
-from diffax.configs._tiny import CAPTIONS, tiny
-
 from diffax.config import add_section, each, new, spec, split_variant
+from diffax.configs._tiny import CAPTIONS, tiny
 
 VARIANTS = {"tiny": "32x32 to 64x64 embedded captioned shapes"}
 

@@ -9,9 +9,8 @@ Command: bash launch/quickstart.sh
      or: python -m diffax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from diffax.configs._tiny import tiny
-
 from diffax.config import new, spec, split_variant
+from diffax.configs._tiny import tiny
 
 VARIANTS = {"tiny": "a one-minute check that everything runs; the digits stay blurry"}
 
