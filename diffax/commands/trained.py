@@ -1,26 +1,16 @@
 """What several modes read of a workdir and of the flags."""
 
-import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffax.commands import Job
 from diffax.errors import UserError
 from diffax.models.system import System
+from diffax.sampling.files import read_prompts
 from diffax.sampling.load import load_workdir
 from diffax.sampling.sample_fn import SampleFn
-from diffax.training import processes
 from diffax.training import workdir as workdirs
-
-
-def are_trained(config: Mapping[str, Any], workdir: str | os.PathLike[str], names: Iterable[str]) -> bool:
-    """Whether there are checkpoints of these sections. Every process must call it.
-
-    All get the same answer, though another job may just be writing the first: what follows they do together.
-    """
-    folders = [workdirs.folder_of(config, name, workdir) / "checkpoints" for name in names]
-    return not processes.agree(not all(folder.exists() for folder in folders))
 
 
 def makes_pictures(config: Mapping[str, Any]) -> bool:
@@ -48,22 +38,6 @@ def prompts_of(job: Job) -> list[str]:
     if job.args.prompt is not None:
         return [job.args.prompt]
     return read_prompts(job.args.prompts) if job.args.prompts else []
-
-
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-      UserError: it cannot be read, or there are none.
-    """
-    try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts ({error}); --prompts={path}; one a line, UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"there are no prompts; --prompts={path}; write one a line")
-    return prompts
 
 
 def output_of(job: Job, name: str) -> pathlib.Path:
