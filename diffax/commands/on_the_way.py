@@ -84,7 +84,7 @@ def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, clas
         return None
     from diffax.evaluation import report, scores
 
-    held_out = scores.held_out_for(section, model, config["eval"]["num"])
+    held_out = scores.guide_examples(config, model)
 
     def score(params: Params, step: int) -> None:
         found: dict[str, np.ndarray] = scores.guide_scores(config, model, params, held_out, class_names)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffax.commands import Job
+from diffax.conditions.text import read_prompts
 from diffax.errors import UserError
 from diffax.models.system import System
 from diffax.sampling.files import read_prompts

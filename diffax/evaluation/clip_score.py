@@ -1,23 +1,19 @@
-"""CLIP scores of pictures and the captions that they were made from."""
+"""The CLIP score of pictures and their prompts."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from diffax import config as configs
 from diffax import weights
 from diffax.data import images
 from diffax.errors import UserError
 from diffax.evaluation import metrics
-from diffax.evaluation.features import filled, in_batches
-from diffax.evaluation.pictures import Pictures
+from diffax.evaluation.pictures import Pictures, in_batches, square
 from diffax.models.system import System
-from diffax.training import parallel
+from diffax.sampling.sample_fn import embedder, text_embedder
 from diffax.training import workdir as workdirs
-
-Params = Any
 
 
 def clip_scorer(source: str | os.PathLike[str], *, batch_size: int) -> Callable[[Pictures, Sequence[str]], float]:
@@ -32,41 +28,35 @@ def clip_scorer(source: str | os.PathLike[str], *, batch_size: int) -> Callable[
     Raises:
       UserError: there is no such CLIP, or several.
     """
-    clip, params = _clip_at(source)
-    embed_image = parallel.map_batch(clip.embed_image)
-    embed_text = parallel.map_batch(lambda params, ids: clip.embed_text(params, ids).embedding)
+    model, params = _clip_at(source)
+    embed_image, embed_text = embedder(model), text_embedder(model)
 
-    def embedded(embed: Callable, batches: Iterable[np.ndarray]) -> np.ndarray:
-        # One program serves all batches: the last one is filled up.
-        return np.concatenate([np.asarray(embed(params, filled(rows, batch_size)))[: len(rows)] for rows in batches])
+    def filled(embed: Callable, rows: np.ndarray) -> np.ndarray:
+        """One program serves all batches: the last one is filled up."""
+        filled = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows), 0)])
+        return np.asarray(embed(params, filled))[: len(rows)]
 
     def score(pictures: Pictures, prompts: Sequence[str]) -> float:
-        ids = clip.tokenizer(list(prompts))
-        text = embedded(embed_text, (ids[i : i + batch_size] for i in range(0, len(ids), batch_size)))
-        chunks = in_batches(pictures, batch_size)
-        image = embedded(embed_image, (images.from_uint8(_square(chunk)) for chunk in chunks))
+        ids = model.tokenizer(list(prompts))
+        text = [filled(embed_text, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+        image = [filled(embed_image, images.from_uint8(square(chunk))) for chunk in in_batches(pictures, batch_size)]
+        image, text = np.concatenate(image), np.concatenate(text)
         return metrics.clip_score(image, text[np.arange(len(image)) % len(text)])
 
     return score
 
 
-def _clip_at(source: str | os.PathLike[str]) -> tuple[Any, Params]:
+def _clip_at(source: str | os.PathLike[str]) -> tuple[Any, Any]:
     """The one CLIP of clean pictures in a workdir or in published weights, and its parameters."""
-    published = weights.is_weights(source)
-    config, params = weights.load(source)[:2] if published else (workdirs.read_config(source), {})
-    system = System(configs.from_dict(config))
-    models = [system.model(name) for name in configs.sections(system.config)]
-    found = [model for model in models if hasattr(model, "embed_text") and not model.noised]
-    if len(found) != 1:
-        what = "several CLIPs" if found else "no CLIP of clean pictures"
+    if weights.is_weights(source):
+        config, params, _ = weights.load(source)
+    else:
+        config, params = workdirs.read_config(source), {}
+    system = System(config)
+    models = [system.model(name) for name in config if isinstance(config[name], Mapping) and "train" in config[name]]
+    clips = [model for model in models if hasattr(model, "embed_text") and not model.noised]
+    if len(clips) != 1:
+        what = "several CLIPs" if clips else "no CLIP of clean pictures"
         raise UserError(f"{what}; {source}; convert one: python -m diffax.weights ViT-B-16.pt runs/clip")
-    (clip,) = found
-    return clip, params[clip.name] if published else workdirs.load_params(system.config, clip.name, source)[0]
-
-
-def _square(pictures: np.ndarray) -> np.ndarray:
-    """[N, H, W, C] -> [N, S, S, C], the middle."""
-    height, width = pictures.shape[1:3]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pictures[:, top : top + side, left : left + side]
+    name = clips[0].name
+    return clips[0], params[name] if params else workdirs.load_params(config, name, source)[0]

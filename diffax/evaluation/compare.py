@@ -9,18 +9,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diffax.conditions.text import read_prompts
 from diffax.data import images
 from diffax.errors import RunError, UserError
 from diffax.evaluation import metrics
 from diffax.evaluation.clip_score import clip_scorer
-from diffax.evaluation.features import FEWEST, Statistics, measurement, statistics_of
-from diffax.evaluation.pictures import MARK, open_pictures, size_of
-from diffax.sampling.files import read_prompts
+from diffax.evaluation.features import KID_SUBSET, NEIGHBOUR, Statistics, measurement, statistics_of
+from diffax.evaluation.pictures import MARK, open_pictures, size_in_words
 from diffax.training import reporting
 from diffax.weights import inception as inception_weights
-
-NEIGHBOUR = 3
-KID_SUBSET = 1000
 
 
 def _moments(found: Statistics, suffix: str = "") -> metrics.Moments:
@@ -87,7 +84,7 @@ def compare(
     Raises:
       UserError: the pictures are not of the same size, or a number that is asked for cannot be had.
     """
-    sizes = [size_of(found["size"]) for found in (made, real) if "size" in found]
+    sizes = [size_in_words(found["size"]) for found in (made, real) if "size" in found]
     if len(set(sizes)) > 1:
         raise UserError(f"A has pictures of {sizes[0]} and B of {sizes[1]}; A and B; compare pictures of one size")
     wanted = {name: number for name, number in NUMBERS[features].items() if not only or name in only}

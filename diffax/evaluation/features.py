@@ -1,4 +1,4 @@
-"""Statistics of sets of pictures: of Inception features or of patches, kept beside the pictures."""
+"""Statistics of sets of pictures: features of the FID's network, or of patches, and the files that keep them."""
 
 import functools
 import hashlib
@@ -6,8 +6,7 @@ import json
 import os
 import pathlib
 import sys
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,26 +15,35 @@ import numpy as np
 from diffax.data import images
 from diffax.errors import RunError, UserError
 from diffax.evaluation import metrics
-from diffax.evaluation.pictures import MARK, Pictures, open_pictures, size_of
+from diffax.evaluation.pictures import (
+    MARK,
+    Pictures,
+    has_pictures,
+    in_batches,
+    open_pictures,
+    size_in_words,
+)
 from diffax.networks.inception import Inception
-from diffax.training import parallel, reporting
+from diffax.training import parallel
 from diffax.weights import inception as inception_weights
 
 # What is known of a set: arrays by the names that ADM's reference files use, and some of our own.
 Statistics = dict[str, np.ndarray]
 Extract = Callable[[np.ndarray], dict[str, np.ndarray]]
-Measure = Callable[[Pictures], Statistics]
 
 VERSION = 1
-FEWEST = 4  # pictures of a set: a neighbour of rank 3 takes that many
-POOL = 2048  # features of the Inception network
+NEIGHBOUR = 3  # of precision and recall
+KID_SUBSET = 1000
+POOL = 2048
 
 
-def measurement(features: str, inception: str | None = None, *, batch_size: int) -> tuple[dict[str, str], Measure]:
+def measurement(
+    features: str, inception: str | None = None, *, batch_size: int
+) -> tuple[dict[str, str], Callable[[Pictures], Statistics]]:
     """How a set of pictures is measured.
 
     Args:
-      features: 'inception' or 'patches'.
+      features: a key of `NUMBERS`.
       inception: the weights of the FID's network, see `weights.inception.find`.
       batch_size: pictures at once.
 
@@ -63,7 +71,7 @@ def inception_extractor(params: Any) -> Extract:
         return {name: found[name] for name in ("2048", "spatial", "logits")}
 
     params = jax.device_put(params)
-    return functools.partial(run, params)
+    return lambda pictures: run(params, pictures)
 
 
 def inception_statistics(pictures: Pictures, extract: Extract, *, batch_size: int) -> Statistics:
@@ -78,7 +86,22 @@ def inception_statistics(pictures: Pictures, extract: Extract, *, batch_size: in
       float64 mu, sigma (of the pooled features), mu_s, sigma_s (of the spatial ones); features [N, 2048] float32;
       score [2], the Inception Score of 10 parts and its deviation.
     """
-    features, spatial, logits = _extracted(pictures, extract, batch_size)
+    parts: dict[str, list[np.ndarray]] = {"2048": [], "spatial": [], "logits": []}
+    pending: tuple[dict, int] | None = None
+
+    def keep() -> None:
+        for name, part in parts.items():
+            part.append(np.asarray(pending[0][name])[: pending[1]])
+
+    for chunk in in_batches(pictures, batch_size):
+        # One program serves all batches. The last one is read from the devices while they work at this one.
+        filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch_size - len(chunk), 0)])
+        out = extract(filled)
+        if pending:
+            keep()
+        pending = out, len(chunk)
+    keep()
+    features, spatial, logits = (np.concatenate(parts.pop(name)) for name in list(parts))
     pool, places = metrics.moments(features), metrics.moments(spatial)
     return {
         "mu": pool.mean,
@@ -90,50 +113,18 @@ def inception_statistics(pictures: Pictures, extract: Extract, *, batch_size: in
     }
 
 
-def _extracted(pictures: Pictures, extract: Extract, batch_size: int) -> list[np.ndarray]:
-    """Pooled features, spatial features and logits of all pictures."""
-    parts: dict[str, list[np.ndarray]] = {"2048": [], "spatial": [], "logits": []}
-    pending: list[tuple[dict, int]] = []
-
-    def keep() -> None:
-        found, count = pending.pop()
-        for name, part in parts.items():
-            part.append(np.asarray(found[name])[:count])
-
-    for chunk in in_batches(pictures, batch_size):
-        # One program serves all batches. The last one is read from the devices while they work at this one.
-        out = extract(filled(chunk, batch_size))
-        if pending:
-            keep()
-        pending.append((out, len(chunk)))
-    keep()
-    return [np.concatenate(parts.pop(name)) for name in list(parts)]
-
-
-def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """[n, ...] -> [size, ...], the last row repeated."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), 0)])
-
-
 def patch_statistics(pictures: Pictures, *, batch_size: int) -> Statistics:
     """float64 mu and sigma of `metrics.patches`, which need no weights."""
     total = None
     for chunk in in_batches(pictures, batch_size):
         patches = metrics.patches(images.from_uint8(chunk))
         if len(patches) < 2:
-            raise UserError(f"pictures of {size_of(chunk.shape[1:])}; {pictures.source}; patches need 12x12 at least")
+            raise UserError(
+                f"pictures of {size_in_words(chunk.shape[1:])}; {pictures.source}; patches need 12x12 or more"
+            )
         here = metrics.moments(patches)
         total = here if total is None else metrics.merge(total, here)
     return {"mu": total.mean, "sigma": total.covariance}
-
-
-def in_batches(pictures: Pictures, size: int) -> Iterator[np.ndarray]:
-    """`pictures.chunks(size)`, with a bar that shows how far it is."""
-    what = f"{pictures.source.name}: {pictures.count} pictures"
-    bar = iter(reporting.progress_bar(range(-(-pictures.count // size)), what))
-    for chunk in pictures.chunks(size):
-        next(bar, None)  # files that end with a short chunk make more of them
-        yield chunk
 
 
 def digest(pictures: Pictures) -> str:
@@ -158,10 +149,15 @@ def cached(pictures: Pictures, about: Mapping[str, Any], measure: Callable[[], S
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     source = pictures.source.absolute()
     path = source.with_name(f"{source.name}{MARK}{key}.npz")
-    kept = _kept(path, text) if path.exists() else None
-    if kept is not None:
-        pictures.notes[:] = [str(note) for note in kept["notes"]]
-        return kept
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+            if str(found["about"]) == text:
+                pictures.notes[:] = [str(note) for note in found["notes"]]
+                return found
+        except Exception:  # Whatever a damaged file raises, the remedy is the same.
+            print(f"diffax: note: {path} is damaged and is made again", file=sys.stderr)
     found = measure()
     found |= {"about": np.array(text), "notes": np.array(pictures.notes, np.str_)}
     try:
@@ -169,17 +165,6 @@ def cached(pictures: Pictures, about: Mapping[str, Any], measure: Callable[[], S
     except RunError as error:
         print(f"diffax: note: the statistics are not kept ({error})", file=sys.stderr)
     return found
-
-
-def _kept(path: pathlib.Path, about: str) -> Statistics | None:
-    """What a file of `cached` holds; None if it is of something else, or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-        return found if str(found["about"]) == about and "notes" in found else None
-    except Exception:  # Whatever a damaged file raises, the remedy is the same.
-        print(f"diffax: note: {path} is damaged and is made again", file=sys.stderr)
-        return None
 
 
 def read_statistics(path: pathlib.Path, *, about: Mapping[str, Any]) -> Statistics | None:
@@ -194,7 +179,10 @@ def read_statistics(path: pathlib.Path, *, about: Mapping[str, Any]) -> Statisti
                 return None
             found = {name: file[name] for name in file.files if not name.startswith("arr_")}
         own = json.loads(str(found["about"])) if "about" in found else {"features": "inception"}
-        _check_moments(found)
+        for suffix in ("", "_s") if "mu_s" in found else ("",):
+            width = len(found["mu" + suffix])
+            if found["sigma" + suffix].shape != (width, width) or not np.isfinite(found["sigma" + suffix]).all():
+                raise ValueError(f"sigma{suffix} is {found['sigma' + suffix].shape} or not finite")
     except Exception as error:  # zipfile, zlib and numpy raise many types on damaged files.
         raise UserError(
             f"cannot read the file ({type(error).__name__}: {error}); {path}; expected arr_0, or mu and sigma"
@@ -207,16 +195,9 @@ def read_statistics(path: pathlib.Path, *, about: Mapping[str, Any]) -> Statisti
     return found
 
 
-def _check_moments(found: Statistics) -> None:
-    for suffix in ("", "_s") if "mu_s" in found else ("",):
-        width, sigma = len(found["mu" + suffix]), found["sigma" + suffix]
-        if sigma.shape != (width, width) or not np.isfinite(sigma).all():
-            raise ValueError(f"sigma{suffix} is {sigma.shape} or not finite")
-
-
 def statistics_of(
     path: str | os.PathLike[str],
-    measure: Measure,
+    measure: Callable[[Pictures], Statistics],
     *,
     about: Mapping[str, Any],
     limit: int | None = None,
@@ -239,7 +220,7 @@ def statistics_of(
     """
     path = pathlib.Path(path).expanduser()
     given = read_statistics(path, about=about) if path.is_file() and path.suffix == ".npz" else None
-    if given is not None and not _has_pictures(path):
+    if given is not None and not has_pictures(path):
         known = json.loads(str(given["about"])) if "about" in given else {}
         sizes = {"size": np.array(known["size"])} if "size" in known else {}
         return given | sizes | {"count": np.array(known.get("count", 0))}, []
@@ -251,17 +232,12 @@ def statistics_of(
 
 
 def statistics_of_pictures(
-    pictures: Pictures, measure: Measure, *, about: Mapping[str, Any], cache: bool = True
+    pictures: Pictures, measure: Callable[[Pictures], Statistics], *, about: Mapping[str, Any], cache: bool = True
 ) -> tuple[Statistics, list[str]]:
     """`statistics_of` pictures that are open; what is kept of those that come from no file is beside their `source`."""
-    if pictures.count < FEWEST:
-        raise UserError(f"{pictures.count} pictures; {pictures.source}; a comparison takes at least {FEWEST}")
+    if pictures.count <= NEIGHBOUR:
+        raise UserError(f"{pictures.count} pictures; {pictures.source}; a comparison takes at least {NEIGHBOUR + 1}")
     size = list(next(pictures.chunks(1)).shape[1:3])
     about = {**about, "size": size}
     found = cached(pictures, about, lambda: measure(pictures)) if cache else measure(pictures)
     return found | {"count": np.array(pictures.count), "size": np.array(size)}, pictures.notes
-
-
-def _has_pictures(path: pathlib.Path) -> bool:
-    with zipfile.ZipFile(path) as file:
-        return "arr_0.npy" in file.namelist()

@@ -1,21 +1,24 @@
-"""Sets of pictures, in folders of images or in .npz files, read in turn."""
+"""Reading sets of pictures: folders, .npz files, or those that a section is trained on."""
 
 import concurrent.futures
 import contextlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, NamedTuple, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
 
+from diffax.components import build
 from diffax.data import images
 from diffax.data.folders import SUFFIXES
+from diffax.data.pipeline import batches
 from diffax.errors import RunError, UserError
+from diffax.training import reporting
 
-MARK = ".statistics-"  # in the names of files that are left beside pictures, see `features`
+MARK = ".statistics-"  # in the names of files that this module leaves beside the pictures
 THREADS = 8
 
 
@@ -78,29 +81,27 @@ def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
                 yield pathlib.Path(folder, name)
 
 
-def _read(file: pathlib.Path) -> tuple[np.ndarray, bool]:
-    """A picture, and whether it is RGB in its file."""
-    picture = images.read_image(file)
-    with Image.open(file) as image:
-        return picture, image.mode == "RGB"
-
-
 def _from_images(source: pathlib.Path, files: Sequence[pathlib.Path], limit: int | None) -> Pictures:
     files, notes = files[:limit], []
+
+    def read(file: pathlib.Path) -> tuple[np.ndarray, bool]:
+        picture = images.read_image(file)
+        with Image.open(file) as image:
+            return picture, image.mode == "RGB"
 
     def chunks(size: int) -> Iterator[np.ndarray]:
         first, changed = None, 0
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             for low in range(0, len(files), size):
                 some = files[low : low + size]
-                read_now = list(pool.map(_read, some))
+                read_now = list(pool.map(read, some))
                 for file, (picture, plain) in zip(some, read_now, strict=True):
                     first = picture.shape if first is None else first
                     changed += not plain
                     if picture.shape != first:
                         raise UserError(
-                            f"pictures of two sizes: {files[0].name} is {size_of(first)}, {file.name} "
-                            f"{size_of(picture.shape)}; {source}; crop or resize them to one"
+                            f"pictures of two sizes: {files[0].name} is {size_in_words(first)}, {file.name} "
+                            f"{size_in_words(picture.shape)}; {source}; crop or resize them to one"
                         )
                 yield np.stack([picture for picture, _ in read_now])
         if changed:
@@ -113,13 +114,13 @@ def _from_images(source: pathlib.Path, files: Sequence[pathlib.Path], limit: int
 
 
 def _from_arrays(source: pathlib.Path, files: Sequence[pathlib.Path], limit: int | None) -> Pictures:
-    shapes = {file: shape_in(file) for file in files}
+    shapes = {file: array_shape(file) for file in files}
     first = shapes[files[0]]
     for file, shape in shapes.items():
         if shape[1:] != first[1:]:
             raise UserError(
-                f"pictures of two sizes: {files[0].name} has {size_of(first[1:])}, {file.name} {size_of(shape[1:])}; "
-                f"{source}; compare them apart"
+                f"pictures of two sizes: {files[0].name} has {size_in_words(first[1:])}, {file.name} "
+                f"{size_in_words(shape[1:])}; {source}; compare them apart"
             )
     total = sum(shape[0] for shape in shapes.values())
     count = total if limit is None else min(limit, total)
@@ -139,12 +140,12 @@ def _from_arrays(source: pathlib.Path, files: Sequence[pathlib.Path], limit: int
     return Pictures(source, count, files, chunks, notes)
 
 
-def size_of(shape: Sequence[int]) -> str:
-    """Height and width in words, of a shape that begins with them."""
+def size_in_words(shape: Sequence[int]) -> str:
+    """Height x width."""
     return f"{shape[0]}x{shape[1]}"
 
 
-def shape_in(path: pathlib.Path) -> tuple[int, ...]:
+def array_shape(path: pathlib.Path) -> tuple[int, ...]:
     """The shape of `arr_0` in an .npz file, whose pictures are not read.
 
     Raises:
@@ -182,3 +183,44 @@ def _opened(path: pathlib.Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         raise UserError(
             f"cannot read the pictures ({type(error).__name__}: {error}); {path}; expected an .npz file with arr_0"
         ) from error
+
+
+def in_batches(pictures: Pictures, size: int) -> Iterator[np.ndarray]:
+    """Their chunks, with a progress bar."""
+    what = f"{pictures.source.name}: {pictures.count} pictures"
+    bar = iter(reporting.progress_bar(range(-(-pictures.count // size)), what))
+    for chunk in pictures.chunks(size):
+        next(bar, None)  # files that end with a short chunk make more of them
+        yield chunk
+
+
+def has_pictures(path: pathlib.Path) -> bool:
+    """Whether an .npz file holds pictures, and not statistics alone."""
+    with zipfile.ZipFile(path) as file:
+        return "arr_0.npy" in file.namelist()
+
+
+def square(pictures: np.ndarray) -> np.ndarray:
+    """[N, H, W, C] -> [N, S, S, C], the middle."""
+    height, width = pictures.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pictures[:, top : top + side, left : left + side]
+
+
+def training_pictures(section: Mapping[str, Any], source: pathlib.Path) -> Pictures:
+    """All pictures that a section is trained on, in order, in its size, never flipped nor cropped at random.
+
+    Args:
+      section: of the config.
+      source: what to call them; their statistics are kept beside it.
+    """
+    shape = tuple(section["shape"])
+    opened = build(section["data"], "data").open(shape)
+
+    def chunks(size: int) -> Iterator[np.ndarray]:
+        for batch in batches(opened, section["loader"], shape=shape, batch_size=size, seed=0, train=False):
+            found = images.to_uint8(batch["image"], nearest=True)
+            yield np.broadcast_to(found, (*found.shape[:3], 3))
+
+    return Pictures(source, len(opened), (), chunks, [])
