@@ -234,7 +234,7 @@ def report(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Measures, writes and prints."""
     from diffax import config as configs
     from diffax.data import images
-    from diffax.evaluation import report as reports
+    from diffax.evaluation import evaluate
     from diffax.tools import benchmark
 
     configs.load(args.model)  # a wrong name is told of before anything is measured
@@ -258,9 +258,9 @@ def report(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     header = benchmark.machine() | {"batch": args.batch, "parameters": own["parameters"], "command": sys.argv[1:]}
     header |= {"seconds": {str(key): seconds for key, seconds in found.items()}}
     header |= {"sent": {str(key): fact["sent"] for key, fact in facts.items()}}
-    print(reports.write_report(folder, rows, header, name="scaling"))
+    print(evaluate.write_report(folder, rows, header, name="scaling"))
     print(benchmark.caption(header | {"peers": {}, "peak": None}))
-    print(reports.write_report(folder, slices, said, name="slice"))
+    print(evaluate.write_report(folder, slices, said, name="slice"))
     print(f"\n{json.dumps(said)}\nplot: {folder / 'scaling.png'}")
     images.line_plots(folder / "scaling.png", panels(rows, slices))
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffax import components
 from diffax.commands.sample import write_samples
+from diffax.commands.trained import are_trained
 from diffax.sampling import grids
 from diffax.sampling.sample_fn import SampleFn
 from diffax.training import processes
@@ -33,7 +34,7 @@ def on_sample(
     if not hasattr(model, "sample"):
         return _accuracy(config, model, workdir, class_names)
     others = [other for other in model.sections if other != model.name]
-    if (user is None and len(model.shape) != 3) or not workdirs.are_trained(config, workdir, others):
+    if (user is None and len(model.shape) != 3) or not are_trained(config, workdir, others):
         return None
     params = {other: workdirs.load_params(config, other, workdir)[0] for other in others}
     return _samples(config, model, workdir / model.name, params, user or _drawing(config, workdir, class_names))
@@ -82,13 +83,13 @@ def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, clas
     data = components.build(section["data"], "data", path=f"config.{model.name}.data")
     if not config["eval"]["num"] or not data.has_held_out:
         return None
-    from diffax.evaluation import report, scores
+    from diffax.evaluation import scores
 
     held_out = scores.guide_examples(config, model)
 
     def score(params: Params, step: int) -> None:
         found: dict[str, np.ndarray] = scores.guide_scores(config, model, params, held_out, class_names)
         if processes.is_primary():
-            report.write_classifier_report(workdir / model.name, found, step)
+            scores.write_classifier_report(workdir / model.name, found, step)
 
     return score

@@ -15,7 +15,7 @@ from diffax import components
 from diffax import config as configs
 from diffax.commands import Job, on_the_way
 from diffax.commands.embed import embedded_source
-from diffax.commands.trained import makes_pictures
+from diffax.commands.trained import are_trained, makes_pictures
 from diffax.data.pipeline import Column, batches
 from diffax.data.source import Source
 from diffax.errors import UserError
@@ -32,7 +32,7 @@ Path = str | os.PathLike[str]
 def run(job: Job) -> None:
     """Trains what the config describes (or --stage) and ends with a grid of samples."""
     train(job.config, job.workdir, stage=job.args.stage, tensorboard=job.args.tensorboard)
-    if makes_pictures(job.config) and workdirs.are_trained(job.config, job.workdir, System(job.config).trained):
+    if makes_pictures(job.config) and are_trained(job.config, job.workdir, System(job.config).trained):
         from diffax.commands import sample
 
         sample.run(job)

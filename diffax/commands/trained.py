@@ -1,17 +1,27 @@
 """What several modes read of a workdir and of the flags."""
 
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffax.commands import Job
 from diffax.conditions.text import read_prompts
 from diffax.errors import UserError
 from diffax.models.system import System
-from diffax.sampling.files import read_prompts
 from diffax.sampling.load import load_workdir
 from diffax.sampling.sample_fn import SampleFn
+from diffax.training import processes
 from diffax.training import workdir as workdirs
+
+
+def are_trained(config: Mapping[str, Any], workdir: str | os.PathLike[str], names: Iterable[str]) -> bool:
+    """Whether there are checkpoints of these sections. Every process must call it.
+
+    All get the same answer, though another job may just be writing the first: what follows they do together.
+    """
+    folders = [workdirs.folder_of(config, name, workdir) / "checkpoints" for name in names]
+    return not processes.agree(not all(folder.exists() for folder in folders))
 
 
 def makes_pictures(config: Mapping[str, Any]) -> bool:

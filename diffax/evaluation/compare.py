@@ -49,11 +49,6 @@ class Number(NamedTuple):
     of_real: tuple[str, ...]
     compute: Callable[[Statistics, Statistics], dict[str, float]]
 
-    def missing(self, made: Statistics, real: Statistics) -> list[str]:
-        """What the sets lack for it."""
-        sides = (("A", self.of_made, made), ("B", self.of_real, real))
-        return [f"{side} has no {key}" for side, keys, found in sides for key in keys if key not in found]
-
 
 MOMENTS, SPATIAL_MOMENTS, FEATURES = ("mu", "sigma"), ("mu_s", "sigma_s"), ("features",)
 NUMBERS: dict[str, dict[str, Number]] = {
@@ -92,24 +87,22 @@ def compare(
         raise UserError(f"no number {unknown[0]!r}; --only; there are {', '.join(NUMBERS[features])}")
     results, notes = {}, []
     for name, number in reporting.progress_bar(wanted.items(), "numbers"):
-        missing = number.missing(made, real)
+        sides = (("A", number.of_made, made), ("B", number.of_real, real))
+        missing = [f"{side} has no {key}" for side, keys, found in sides for key in keys if key not in found]
         if missing and only:
             raise UserError(f"{name} cannot be had: {missing[0]}; --only; give the pictures")
         if missing:
             notes.append(f"{name} is left out: {missing[0]}")
             continue
         results |= number.compute(made, real)
-    return results, notes + (_few(made, real) if features == "inception" else [])
-
-
-def _few(made: Statistics, real: Statistics) -> list[str]:
-    """Notes on sets of so few pictures that their covariance has no full rank."""
-    width, counts = len(made["mu"]), {"A": int(made["count"]), "B": int(real["count"])}
-    return [
-        f"{side} has {count} pictures, not more than the {width} features: its FID is too high; papers take 50,000"
-        for side, count in counts.items()
-        if 0 < count <= width
-    ]
+    width = len(made["mu"])
+    for side, found in (("A", made), ("B", real)):
+        if features == "inception" and 0 < int(found["count"]) <= width:
+            notes.append(
+                f"{side} has {int(found['count'])} pictures, not more than the {width} features: its FID is too high; "
+                "papers take 50,000"
+            )
+    return results, notes
 
 
 def table(results: Mapping[str, float]) -> str:
@@ -184,8 +177,13 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     score = clip_scorer(args.clip, batch_size=args.batch_size) if args.clip else None
     prompts = read_prompts(args.prompts) if args.clip else []
     if args.reference is not None:
-        results, notes, about = _compared(args)
-        found |= about
+        about, measure = measurement(args.features, args.inception, batch_size=args.batch_size)
+        options = dict(about=about, limit=args.num, cache=not args.no_cache)
+        made, notes = statistics_of(args.samples, measure, **options)
+        real, more = statistics_of(args.reference, measure, **options)
+        results, last = compare(made, real, features=args.features, only=args.only)
+        notes = notes + more + last
+        found |= {**about, "pictures": int(made["count"]), "reference_pictures": int(real["count"]) or None}
     if score:
         pictures = open_pictures(args.samples, args.num)
         results |= {"clip_score": score(pictures, prompts)}
@@ -193,17 +191,6 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
         if pictures.count % len(prompts):
             notes = [*notes, f"{len(prompts)} prompts in turn for {pictures.count} pictures"]
     return found | {"results": results, "notes": notes}
-
-
-def _compared(args: argparse.Namespace) -> tuple[dict[str, float], list[str], dict[str, Any]]:
-    """The numbers, notes on them, and what they are of."""
-    about, measure = measurement(args.features, args.inception, batch_size=args.batch_size)
-    options = dict(about=about, limit=args.num, cache=not args.no_cache)
-    made, notes = statistics_of(args.samples, measure, **options)
-    real, more = statistics_of(args.reference, measure, **options)
-    results, last = compare(made, real, features=args.features, only=args.only)
-    counts = {"pictures": int(made["count"]), "reference_pictures": int(real["count"]) or None}
-    return results, [*notes, *more, *last], {**about, **counts}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

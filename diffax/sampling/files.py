@@ -1,7 +1,6 @@
-"""Files of samples, that an interrupted run or several processes add to, and of prompts."""
+"""Samples in files, that an interrupted run or several processes add to."""
 
 import json
-import os
 import pathlib
 import time
 import zipfile
@@ -108,19 +107,3 @@ def _check_same(listing: pathlib.Path, stated: Mapping[str, Any]) -> None:
                 f"the folder holds samples of {name} {found.get(name)!r}, not {stated.get(name)!r}; {listing.parent}; "
                 "delete it or choose another"
             )
-
-
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-      UserError: it cannot be read, or there are none.
-    """
-    try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts ({error}); --prompts={path}; one a line, UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"there are no prompts; --prompts={path}; write one a line")
-    return prompts

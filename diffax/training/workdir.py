@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,15 +87,6 @@ def class_names(config: Mapping[str, Any], workdir: Path, names: Any) -> list[st
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
-
-
-def are_trained(config: Mapping[str, Any], workdir: Path, names: Iterable[str]) -> bool:
-    """Whether there are checkpoints of these sections. Every process must call it.
-
-    All get the same answer, though another job may just be writing the first: what follows they do together.
-    """
-    folders = [folder_of(config, name, workdir) / "checkpoints" for name in names]
-    return not processes.agree(not all(folder.exists() for folder in folders))
 
 
 def _saved_section(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
