@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from diffax.config import sections, spec
 
 SHAPES = "examples.shapes.data:shapes"
-CAPTIONS = "examples.shapes.captions:captions"  # the evaluation classifier that reads what a picture shows of a caption
+CAPTIONS = "examples.shapes.evaluation:captions"  # whether samples show what their captions say
 # Combinations that no training picture shows, two of each shape.
 HOLDOUT = (
     *("red circle", "cyan circle", "green square", "purple square", "blue triangle", "pink triangle"),

@@ -13,6 +13,7 @@ from diffax.commands.trained import load_trained, output_of, prompts_of
 from diffax.data import image_ops, images
 from diffax.data.pipeline import examples
 from diffax.errors import UserError
+from diffax.evaluation import metrics
 from diffax.sampling import grids, latents
 from diffax.sampling.sample_fn import SampleFn
 from diffax.training import processes
@@ -101,8 +102,6 @@ def _how(job: Job, prompts: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _reconstruct_rows(sample_fn: SampleFn, job: Job, pictures, prompts) -> list[Row]:
-    from diffax.evaluation import metrics
-
     how, rng, rows = _how(job, prompts), np.random.default_rng(job.config["sample"]["seed"]), []
     for picture in pictures:
         found = latents.encode(sample_fn, picture, prompt=how["prompt"])

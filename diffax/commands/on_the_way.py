@@ -79,13 +79,13 @@ def _drawing(config: Mapping[str, Any], workdir: pathlib.Path, class_names: Sequ
 
 def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, class_names: Sequence[str]) -> Show | None:
     """Writes the held-out accuracy of a classifier or a CLIP; None without held-out data."""
-    from diffax.evaluation import scores
-
     section = config[model.name]
     data = components.build(section["data"], "data", path=f"config.{model.name}.data")
     if not config["eval"]["num"] or not data.has_held_out:
         return None
-    held_out = grids.held_out_examples(section, model.data_shape, config["eval"]["num"], model.columns())
+    from diffax.evaluation import scores
+
+    held_out = scores.guide_examples(config, model)
 
     def score(params: Params, step: int) -> None:
         found: dict[str, np.ndarray] = scores.guide_scores(config, model, params, held_out, class_names)

@@ -70,8 +70,9 @@ def _nested(field: Field, value: Any, path: str, refer: Refer | None) -> Any:
     made = {}
     for its_path, its, nested in sections(field, value, path):
         if isinstance(nested, Group):
+            its = tuples(its)
             check(schema(nested.fields), its, its_path)
-            made[its_path] = types.SimpleNamespace(**tuples(its))
+            made[its_path] = types.SimpleNamespace(**its)
             continue
         make = functools.partial(build, its, nested.kind, path=its_path, refer=refer)
         made[its_path] = make if field.nested.late else make()

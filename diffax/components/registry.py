@@ -76,6 +76,11 @@ def find(kind: str, name: str, path: str = "") -> Callable:
 
 
 def by_path(kind: str, name: str, where: str) -> Callable:
+    """The callable at an import path such as 'my_lab.losses:min_snr'.
+
+    Raises:
+      UserError: it cannot be imported, or is no callable; the line begins with `where`.
+    """
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)

@@ -220,6 +220,7 @@ _SYNONYMS = {
 
 
 def unknown(path: str, name: str, fields: Mapping[str, Field]) -> UserError:
+    """The error for a field that a section does not have, with the one that was probably meant."""
     there = {field: f"{path}.{field}" for field in fields}
     words = there | {word: there[field] for word, field in _SYNONYMS.items() if field in there}
     near = [words[word] for word in difflib.get_close_matches(str(name), words, n=1)]

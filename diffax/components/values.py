@@ -26,6 +26,7 @@ def _is_tuple(hint: Any) -> bool:
 
 
 def has_type(hint: Any, value: Any) -> bool:
+    """Whether a value has a type; whole numbers count as numbers."""
     for option in _options(hint):
         if option is Any:
             return True
@@ -57,6 +58,7 @@ def choices(hint: Any) -> tuple[Any, ...]:
 
 
 def in_words(hint: Any, bounds: In | None, length: Length | None) -> str:
+    """What a type with bounds and a length allows."""
     parts = []
     for option in _options(hint):
         if option in (None, type(None)):

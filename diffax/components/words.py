@@ -21,4 +21,5 @@ def shown(value: Any) -> str:
 
 
 def article(kind: str) -> str:
+    """The kind with its article."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

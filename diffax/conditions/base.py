@@ -6,9 +6,7 @@ and then a condition is a few lines:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Pose(Condition):
-        \"""A vector of joint angles.\"""
-
-        size: int = 12
+        size: int = 12  # of a vector of joint angles
 
         def example(self):
             return jax.ShapeDtypeStruct((self.size,), jnp.float32)

@@ -34,7 +34,8 @@ class Denoiser(Protocol):
     where the step goes: previous-x, the learned range, and the large fixed variance at the last step.
     """
 
-    def __call__(self, z: Array, step: Transition, **cond: Array) -> Prediction: ...
+    def __call__(self, z: Array, step: Transition, **cond: Array) -> Prediction:
+        """The prediction at the start of a step."""
 
 
 Guidance = Callable[[Denoiser], Denoiser]

@@ -50,8 +50,7 @@ class BestOf:
 
 
 def nearest(embeddings: Array, wanted: Array) -> Array:
-    """Of several embeddings [B * N, E] of each caption the one whose dot product with `wanted` [B, E] is the largest:
-    [B, E]."""
+    """[B, E]: of several embeddings [B * N, E] of each caption the one whose product with `wanted` is the largest."""
     candidates = embeddings.reshape(len(wanted), -1, wanted.shape[-1])
     best = jnp.argmax(jnp.einsum("bne,be->bn", candidates, wanted, precision="highest"), axis=1)
     return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0]

@@ -149,6 +149,7 @@ def classifier(
       net: its network.
       schedule: noise level as a function of time; that of the model it guides.
       timesteps: how training draws noise levels.
+      name: of the section.
     """
     network = net(num_classes=num_classes)
     if hasattr(network, "check"):

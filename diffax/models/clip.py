@@ -41,16 +41,20 @@ class GuidedCaption(Captioned):
 
     @property
     def ids(self) -> LazyTokenizer:
+        """The CLIP's tokenizer."""
         return self.clip.tokenizer
 
     @property
     def sections(self) -> tuple[str, ...]:
+        """The CLIP's."""
         return (self.clip.name,)
 
     def example(self) -> jax.ShapeDtypeStruct:
+        """An embedding."""
         return jax.ShapeDtypeStruct((self.clip.features,), jnp.float32)
 
     def in_sampling(self, given: Array, keys: Array, params: Mapping[str, Params]) -> Array:
+        """The embeddings [B, E] of captions' ids."""
         embedding, _ = self.clip.net.apply({"params": params[self.clip.name]}, given, method="encode_text")
         return embedding
 
@@ -264,6 +268,7 @@ def clip(
       schedule: noise level as a function of time, of a noised one; that of the model it guides.
       timesteps: how training draws noise levels.
       embedding: how other models are given its embeddings.
+      name: of the section.
     """
     if noised and not schedule.num_timesteps:
         raise ValueError("schedule must have discrete timesteps for a noised CLIP, which embeds each of them")

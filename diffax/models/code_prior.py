@@ -61,19 +61,24 @@ class Similarity(Condition):
 
     @property
     def argument(self) -> str:
-        return "prompt"  # it is dropped with the caption
+        """Of the caption, with which it is dropped."""
+        return "prompt"
 
     @property
     def can_drop(self) -> bool:
+        """Yes."""
         return True
 
     def encoder(self, net: nn.Module) -> nn.Module:
+        """One token."""
         return SimilarityEncoder(net.style, self.buckets, self.width, name=self.name)
 
     def example(self) -> jax.ShapeDtypeStruct:
+        """A bucket."""
         return jax.ShapeDtypeStruct((), jnp.int32)
 
     def null(self, params: Mapping[str, Params]) -> np.ndarray:
+        """The bucket after the last."""
         return np.int32(self.buckets)
 
 
@@ -356,6 +361,8 @@ def code_prior(
       guidance: classifier_free, or none.
       temperature: divides the logits.
       candidates: how many embeddings are made of a caption, of which the nearest to it is kept.
+      name: of the section.
+      number: place among the generators of the config.
     """
     return _build(
         shape, clip, net, conditions, codes, condition_dropout, guidance, temperature, candidates, name, number

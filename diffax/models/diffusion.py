@@ -15,10 +15,10 @@ from diffax.conditions.base import Condition, drop, zeros
 from diffax.data.pipeline import Column
 from diffax.diffusion import guidance as guidances
 from diffax.diffusion import losses, samplers, schedules
-from diffax.diffusion.process import diffuse, expand, posterior, predict
+from diffax.diffusion.process import diffuse, predict
 from diffax.diffusion.schedules import NoiseLevel, NoiseSchedule, Transition
 from diffax.diffusion.timesteps import TimestepSampler
-from diffax.models import base
+from diffax.models import analytic, base, choices
 from diffax.models.base import Params, Start
 from diffax.models.best_of import best_of
 from diffax.models.guidance import Guidance, Site, as_scale, guided, scale_of
@@ -44,7 +44,7 @@ class DiffusionModel:
       schedule: noise level as a function of u.
       predicts: 'eps', 'x', 'v' or 'previous_x'.
       variance: see `process.predict`.
-      analytic: whether sampling adds to that what the data leave open, see `analytic_variance`.
+      analytic: whether sampling adds to that what the data leave open, see `models.analytic`.
       timesteps: how training draws u.
       loss_fn: what training minimises.
       condition_dropout: share of the training examples whose conditions are dropped.
@@ -238,7 +238,9 @@ class DiffusionModel:
             if not self.analytic:
                 return p
             table = nn.meta.unbox(own[STATISTICS])
-            variance = analytic_variance(z, step, jnp.interp(step.t.logsnr, table["logsnr"], table["residual"]))
+            variance = analytic.analytic_variance(
+                z, step, jnp.interp(step.t.logsnr, table["logsnr"], table["residual"])
+            )
             return p._replace(variance=variance, logvar=jnp.log(jnp.maximum(variance, jnp.exp(p.logvar))))
 
         return denoise
@@ -395,7 +397,7 @@ class DiffusionModel:
         """`jax.ShapeDtypeStruct`s of what is measured on the data; None if nothing is."""
         if not self.analytic:
             return None
-        return dict.fromkeys(("logsnr", "residual"), jax.ShapeDtypeStruct((RESIDUAL_LEVELS,), jnp.float32))
+        return dict.fromkeys(("logsnr", "residual"), jax.ShapeDtypeStruct((analytic.LEVELS,), jnp.float32))
 
     def measure_after(self, run: Callable, batches: base.Batches) -> dict[str, np.ndarray] | None:
         """Measures what the trained model leaves open of the data, by noise level; None if it does not need it.
@@ -404,63 +406,7 @@ class DiffusionModel:
           run: (function of (params, batch, keys)) -> the same over all devices, with the trained parameters bound.
           batches: as `loss` reads them.
         """
-        if not self.analytic:
-            return None
-        levels = min(RESIDUAL_LEVELS, self.schedule.num_timesteps or RESIDUAL_LEVELS)
-        u = np.arange(levels, 0, -1) / levels  # by rising log-SNR
-        compute, found = run(lambda params, batch, keys: self.residual(params, batch, keys, u)), []
-        for number, batch in zip(range(RESIDUAL_BATCHES), batches, strict=False):
-            keys = jax.random.split(jax.random.key(number), len(jax.tree.leaves(batch)[0]))
-            found.append(np.asarray(compute({k: batch[k] for k in self.batch_example()}, keys), np.float64))
-            if sum(map(len, found)) >= RESIDUAL_EXAMPLES:
-                break
-        residual = np.maximum(np.concatenate(found).mean(0), 0)
-        return {"logsnr": np.float32(self.schedule(u).logsnr), "residual": residual.astype(np.float32)}
-
-
-# How many are enough for a function of the noise level as smooth as that; whichever comes first of the last two.
-RESIDUAL_LEVELS, RESIDUAL_EXAMPLES, RESIDUAL_BATCHES = 25, 2000, 16
-
-
-def analytic_variance(z: Array, step: Transition, residual: Array) -> Array:
-    """The best constant variance of a reverse step: the posterior's + c_x^2 Var[x | z_t] (Bao et al. 2022, theorem 1).
-
-    Args:
-      z: [B, ...], whose shape alone matters.
-      step: [B]; c_x is the weight of x in the posterior's mean.
-      residual: [B] Var[x | z_t], the mean over dimensions and data.
-
-    Returns:
-      [B, 1, ...]; 0 at the last step.
-    """
-    one = jnp.ones((len(z),) + (1,) * (z.ndim - 1))
-    on_x = posterior(one, 0 * one, step).mean
-    variance = jnp.exp(expand(step.min_logvar, one)) + on_x**2 * expand(residual, one)
-    return jnp.where(expand(step.s.is_clean, one), 0.0, variance)
-
-
-def _check_choices(predicts: str, variance: str | float, loss: Any, schedule: NoiseSchedule) -> None:
-    """Raises ValueError if prediction, variance, loss and schedule do not fit."""
-    learned = str(variance).startswith("learned")
-    if not schedule.num_timesteps:
-        for field, clash in (("loss", getattr(loss, "discrete", False)), ("predicts", predicts == "previous_x")):
-            if clash:
-                raise ValueError(f"{field} needs discrete timesteps, but schedule is continuous; choose another")
-    if learned and not getattr(loss, "trains_variance", False):
-        raise ValueError(
-            f"variance {variance!r} is not trained by the loss; use the loss 'hybrid' or 'vlb', or a fixed variance"
-        )
-    if not learned and getattr(loss, "needs_variance", False):
-        raise ValueError(
-            f"the loss trains a variance, but variance is {variance!r}; use 'learned_range', or the loss 'simple'"
-        )
-
-
-def _grid(schedule: NoiseSchedule, steps: str) -> Transition:
-    try:
-        return schedules.build_steps(schedule, steps)
-    except ValueError as error:
-        raise ValueError(f"steps {steps!r} do not fit the schedule: {error}") from None
+        return analytic.measure(self, run, batches) if self.analytic else None
 
 
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range", "analytic"]
@@ -505,6 +451,8 @@ def diffusion(
       steps: the sampling grid, such as '250', 'ddim25' or 'logsnr10'; '' for all.
       temperature: of the noise that sampling starts from.
       candidates: how many embeddings a prior makes of a caption, of which the nearest to it is kept.
+      name: of the section.
+      number: place among the generators of the config.
     """
     drops = condition_dropout > 0
     made = {key: make(name=key, shape=shape, schedule=schedule, droppable=drops) for key, make in conditions.items()}
@@ -518,7 +466,7 @@ def diffusion(
     if drops and not any(c.can_drop for c in made.values()):
         raise ValueError(f"condition_dropout is {condition_dropout:g}, but no condition can be dropped; set it to 0")
     target = target_of(clip, shape, made)
-    _check_choices(predicts, variance, loss, schedule)
+    choices.check(predicts, variance, loss, schedule)
     learned = variance in ("learned", "learned_range")
     network = net(out_channels=shape[-1] * (1 + learned), name="net", parent=None)
     if hasattr(network, "check"):
@@ -540,7 +488,7 @@ def diffusion(
         guidance=guidance,
         sampler=sampler,
         temperature=temperature,
-        steps=_grid(schedule, steps),
+        steps=choices.grid(schedule, steps),
         nulls={key: c.null({}) for key, c in made.items() if drops and c.can_drop},
     )
     for part in (*guidance.values(), *made.values()):

@@ -126,11 +126,11 @@ def _check_truncated(before: Any, model: Any) -> None:
     path = f"config.{model.name}.conditions.{name}"
     if before is None:
         raise UserError(f"{path}.truncated needs a stage before that stops early; set it to false")
-    u = np.arange(1, 9) / 8
-    mine, its = (jax.tree.leaves(m.schedule(u)) for m in (model, before))
-    if not np.allclose(mine, its):
-        raise UserError(f"{path}.truncated needs the schedule of config.{before.name}; make them equal")
     try:
         before.until(stop_of(before, model))
     except ValueError as error:
         raise UserError(f"{path}.level {model.conditions[name].stops_before:g}: {error}") from None
+    u = np.arange(1, 9) / 8
+    mine, its = (jax.tree.leaves(m.schedule(u)) for m in (model, before))
+    if not np.allclose(mine, its):
+        raise UserError(f"{path}.truncated needs the schedule of config.{before.name}; make them equal")

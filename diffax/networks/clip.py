@@ -207,6 +207,7 @@ class CLIP(nn.Module):
     text: TextEncoder
 
     def setup(self):
+        """Makes the scale, which both encoders share."""
         # exp of it multiplies the cosines; 0.07 is CLIP's first temperature
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(0.07)), ())
 

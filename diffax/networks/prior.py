@@ -233,7 +233,7 @@ def sample_codes(
 
     length = nn.meta.unbox(params["position"]).shape[0]
     codes = jnp.zeros((len(keys), length), jnp.int32)
-    logits, cache = logits_of(codes, {})  # of no code but the first; what the cache holds of others is overwritten in time
+    logits, cache = logits_of(codes, {})  # of the first code alone; what the cache holds of others is overwritten
     codes = codes.at[:, 0].set(choose_code(logits, jnp.int32(0)))
     (codes, _), _ = jax.lax.scan(step, (codes, cache), jnp.arange(1, length))
     return codes

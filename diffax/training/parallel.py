@@ -182,15 +182,15 @@ def place(tree: Any, like: Any) -> Any:
     )
 
 
-def put(where: Layout, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Moves this process's part of a global batch to the devices.
+def put(where: Layout, batch: Any) -> Any:
+    """Moves this process's part of a global batch, a tree of arrays, to the devices.
 
     Under pmap arrays gain a leading device axis; otherwise they become one global array.
     """
-    if where.mode == "pmap":
-        local = where.mesh.size
-        return {k: jax.device_put(v.reshape(local, -1, *v.shape[1:]), where.by_example) for k, v in batch.items()}
-    return {k: jax.make_array_from_process_local_data(where.by_example, v) for k, v in batch.items()}
+    if where.mode != "pmap":
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where.by_example, a), batch)
+    local = where.mesh.size
+    return jax.tree.map(lambda a: jax.device_put(a.reshape(local, -1, *a.shape[1:]), where.by_example), batch)
 
 
 def compile_step(where: Layout, step: Callable, state: Any) -> Callable:

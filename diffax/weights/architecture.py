@@ -45,6 +45,8 @@ class ClipSizes:
     shape: tuple[int, ...] = (1, 1, 3)
     name: str = "clip"
 
+    noised = False  # its pictures are clean
+
     def embed_text(self, params: Any, ids: Any) -> NoReturn:
         """Not possible without parameters."""
         raise NotImplementedError("only the sizes of this CLIP are known")

@@ -34,7 +34,7 @@ class Family(NamedTuple):
 
 def finishing(section: Mapping[str, Any]) -> str:
     """The section of the network that takes the last step of a section's model; '' if it takes them all."""
-    return next((g["section"] for g in section["guidance"].values() if g["name"] == "finish_with"), "")
+    return next((g["section"] for g in section.get("guidance", {}).values() if g["name"] == "finish_with"), "")
 
 
 def _its_clip(section: Mapping[str, Any]) -> str:

@@ -271,7 +271,7 @@ def _encoder(c: Mapping[str, Any]) -> dict[str, Any]:
         channel_mult=tuple(c["channel_mult"]),
         num_res_blocks=c["num_res_blocks"],
         attention=tuple(f for f in factors if f in tuple(c["attention_resolutions"])),
-        heads=c["num_heads"],
+        heads=max(c["num_heads"] or 0, 1),  # -1 where num_head_channels counts
         head_channels=max(c["num_head_channels"] or 0, 0),
         dropout=float(c["dropout"]),
         scale_shift=bool(c["use_scale_shift_norm"]),

@@ -131,6 +131,7 @@ class Unpickler(pickle.Unpickler):
         self._make_storage = make_storage
 
     def find_class(self, module: str, name: str) -> _Name:
+        """A name that is allowed; raises Refused for another."""
         if (module, name) not in _NAMES:
             raise Refused(
                 f"it needs {module}.{name}, and only tensors and plain containers are allowed; save a file with "
@@ -139,6 +140,7 @@ class Unpickler(pickle.Unpickler):
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Storage:
+        """The storage that a pickle refers to; raises Refused for anything else."""
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or any(pid[5:]):
             raise Refused("it refers to something that is no storage")
         kind, key, size = pid[1], pid[2], pid[4]
@@ -152,10 +154,12 @@ class ScriptUnpickler(Unpickler):
     """Knows the classes of a TorchScript program besides."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """A module of the program, or a name that is allowed."""
         return Module if module.split(".")[0] == "__torch__" else super().find_class(module, name)
 
 
 def no_storage(*_: Any) -> NoReturn:
+    """Refuses a storage."""
     raise Refused("it refers to a storage where none can be")
 
 

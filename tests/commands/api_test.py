@@ -21,7 +21,9 @@ def python(code):
 
 
 def test_import_is_light():
-    code = "import sys, time; t = time.perf_counter(); import diffax; print(time.perf_counter() - t); print(*sys.modules)"
+    code = (
+        "import sys, time; t = time.perf_counter(); import diffax; print(time.perf_counter() - t); print(*sys.modules)"
+    )
     seconds, modules = python(code).splitlines()
     assert float(seconds) < 0.5
     assert not {name.partition(".")[0] for name in modules.split()} & set(HEAVY)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from diffax.diffusion import guidance, schedules
-from diffax.models import cascade, codes
-from diffax.models import diffusion as diffusion_model
+from diffax.models import analytic, cascade, codes
+from diffax.models.analytic import analytic_variance
 from diffax.models.base import Sampling
 from diffax.models.best_of import nearest
-from diffax.models.diffusion import analytic_variance
 from tests.models import micro, systems
 from tests.models.protocol_test import statistics_of
 
@@ -96,7 +95,7 @@ def test_what_the_prior_leaves_open_is_measured(dalle2, monkeypatch):
     system, params = dalle2
     model = system.generators[0].generator
     assert model.analytic and model.variance == "fixed_small"
-    monkeypatch.setattr(diffusion_model, "RESIDUAL_EXAMPLES", 12)
+    monkeypatch.setattr(analytic, "EXAMPLES", 12)
     own, asked = micro.drawn(model), []
 
     def batches():

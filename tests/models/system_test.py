@@ -57,7 +57,11 @@ def test_a_model_is_built_once_and_shared():
         ("cascade", ["up.conditions=label"], "config.up.conditions must have 'low_res', as config.up comes after"),
         ("cascade", ["up.conditions.low_res.noise=0.2"], "config.up.conditions.low_res: level must be at most noise"),
         ("cascade", ["up.conditions.low_res.truncated=true", "up.conditions.low_res.level=0"], "a level above 0"),
-        ("cascade", ["up.conditions.low_res.truncated=true", "up.schedule.num_timesteps=80"], "truncated needs the sch"),
+        (
+            "cascade",
+            ["up.conditions.low_res.truncated=true", "up.schedule.num_timesteps=80"],
+            "truncated needs the sch",
+        ),
         ("cascade", ["stages=base,down"], "config.stages names 'down'"),
         ("classifier-guided", ["base.guidance.classifier.section=clasifier"], "did you mean classifier"),
         ("classifier-guided", ["base.guidance.classifier.section=base"], "need each other"),

@@ -72,9 +72,9 @@ def karlo_files(tmp_path_factory):
 
 def test_karlo_from_its_files_to_a_picture(karlo_files, tmp_path, capsys):
     """One command makes a workdir that the config samples from, by its statistics, though the config has none."""
-    path, config, files, params = karlo_files
+    path, config, sources, params = karlo_files
     workdir = tmp_path / "run"
-    assert command.run([*map(str, files), str(workdir), f"--model={path}"]) == 0
+    assert command.run([*map(str, sources), str(workdir), f"--model={path}"]) == 0
     assert f"up_last of small_karlo: {workdir / 'up_last'}" in capsys.readouterr().out.splitlines()
     want = with_settings(
         config,
@@ -93,14 +93,14 @@ def test_karlo_from_its_files_to_a_picture(karlo_files, tmp_path, capsys):
     assert loaded(0, prompt="a red circle").shape == (1, 16, 16, 3)
 
     # into memory: the same; and a part that reads by a CLIP is no system without it
-    found = weights.load(files, str(path))
+    found = weights.load(sources, str(path))
     assert found[0] == want
     assert_equal(found[1], params)
     with pytest.raises(UserError, match="prior reads captions or pictures by a CLIP, clip; .*; pass its file too"):
-        weights.load(files[1:], str(path))
+        weights.load(sources[1:], str(path))
 
     # and back
-    for file, section in zip(files[1:4], ("prior", "decoder", "up"), strict=True):
+    for file, section in zip(sources[1:4], ("prior", "decoder", "up"), strict=True):
         out = tmp_path / f"{section}.safetensors"
         assert command.run([str(workdir), str(out), "--to=safetensors", f"--stage={section}"]) == 0
         before, after = files.read(file), files.read(out)

@@ -1,13 +1,13 @@
-"""Scores of edits on the embedded captioned shapes, by a small network that reads real ones (`judges.captions`).
+"""Scores of edits on the embedded captioned shapes, by the evaluation classifier of `examples.shapes.evaluation`.
 
-    python benchmarks/edits.py --what=inpaint,image_to_image --glide=runs/glide --inpaint=runs/glide_inpaint_64
-    python benchmarks/edits.py --what=reconstruct,variations,interpolate,diff --unclip=runs/dalle2
-    python benchmarks/edits.py --what=prior,diversity --glide=runs/glide --unclip=runs/dalle2 --ar=runs/dalle2_ar
+    python -m examples.shapes.edits --what=inpaint,image_to_image --glide=runs/glide --inpaint=runs/glide_inpaint_64
+    python -m examples.shapes.edits --what=reconstruct,variations,interpolate,diff --unclip=runs/dalle2
+    python -m examples.shapes.edits --what=prior,diversity --glide=runs/glide --unclip=runs/dalle2 --ar=runs/dalle2_ar
 
 Every section prints a table in Markdown, and writes it with its pictures to --out. Workdirs are of `:tiny` systems: of
 GLIDE (configs/glide.py), of its inpainting model (glide_inpaint_64.py), and of unCLIP (dalle2.py) with a diffusion
 prior and with an autoregressive one (dalle2.py:ar). All is scored on what the first stage that makes pictures makes:
-those that enlarge change no attribute. The judge is trained first, in a minute or two.
+those that enlarge change no attribute. The classifier is trained first, in a minute or two.
 """
 
 import argparse
@@ -21,12 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import diffax
-from diffax import data, main
-from diffax.data import images, shapes
+from diffax.components import build
+from diffax.data import images, plots
+from diffax.data.pipeline import Column, examples
 from diffax.errors import RunError, UserError
-from diffax.evaluation import evaluate, judges, metrics
-from diffax.sampling import latents as editing
-from diffax.sampling import pipeline
+from diffax.evaluation import metrics, report
+from diffax.sampling import grids, latents
+from diffax.sampling.sample_fn import SampleFn
+from diffax.training import cpu_flags
+from examples.shapes import data as shapes
+from examples.shapes import evaluation
 
 SAID = ("shape", "colour", "size", "place")
 SHOWN = 12  # columns of the pictures that are written
@@ -36,14 +40,14 @@ class Bench(NamedTuple):
     """What all sections read.
 
     Attributes:
-      systems: {flag: model}, each cut after the first stage that makes pictures.
-      judge: of such pictures.
+      systems: {flag: model}, each ends at the first stage that makes pictures.
+      classifier: of such pictures.
       section: the section of that stage.
       args: of the command line.
     """
 
-    systems: Mapping[str, pipeline.SampleFn]
-    judge: judges.CaptionJudge
+    systems: Mapping[str, SampleFn]
+    classifier: evaluation.FittedCaptions
     section: Mapping[str, Any]
     args: argparse.Namespace
 
@@ -52,22 +56,22 @@ class Bench(NamedTuple):
         count = min(SHOWN, *map(len, rows))
         texts = [[*of[:count], *[""] * (count - len(of))] for of in labels]
         path = pathlib.Path(self.args.out) / f"{name}.png"
-        pipeline.draw_grid(path, np.concatenate([row[:count] for row in rows]), columns=count, labels=sum(texts, []))
+        grids.draw_grid(path, np.concatenate([row[:count] for row in rows]), columns=count, labels=sum(texts, []))
 
-    def plot(self, name: str, panels: Sequence[images.Panel]) -> None:
+    def plot(self, name: str, panels: Sequence[plots.Panel]) -> None:
         """Draws curves."""
-        images.line_plots(pathlib.Path(self.args.out) / f"{name}.png", panels)
+        plots.line_plots(pathlib.Path(self.args.out) / f"{name}.png", panels)
 
 
-# ---- pictures of shapes, and what can be told of them without a network ---------------------------------------------
+# ---- pictures of shapes, and what is seen in them without a network --------------------------------------------------
 
 
 def things(bench: Bench, num: int, split: str = "test") -> dict[str, np.ndarray]:
     """The first `num` pictures of single shapes of a split: 'image', 'caption' and their attributes, by name."""
-    c, shape = {**bench.section["data"], "split": split}, bench.section["shape"]
-    source, names = data.load_source(c, shape=shape), (*SAID, "background")
-    size = min(num, len(source))
-    found = next(data.batches(source, c, shape=shape, batch_size=size, seed=0, keys=(*names, "caption"), train=False))
+    section, names = bench.section, (*SAID, "background")
+    source = build({**section["data"], "split": split}, "data").open(tuple(section["shape"]))
+    columns = {name: Column(name) for name in (*names, "caption")}
+    found = examples(source, section["loader"], shape=tuple(section["shape"]), limit=num, columns=columns)
     named = {name: np.asarray(shapes.ATTRIBUTES[name])[found[name]] for name in names}
     return {"image": found["image"], "caption": np.asarray(found["caption"], object), **named}
 
@@ -178,14 +182,14 @@ def share(hits: np.ndarray, among: np.ndarray | None = None) -> float:
 
 def kept(bench: Bench, made: np.ndarray, of: Mapping[str, np.ndarray], names: Sequence[str] = SAID) -> dict[str, float]:
     """The share of pictures that still show attributes of the originals; of places, where these had a clear one."""
-    seen = bench.judge.read(made)
+    seen = bench.classifier.read(made)
     clear = np.asarray(of["place"]) != "none"
     return {name: share(seen[name] == of[name], clear if name == "place" else None) for name in names}
 
 
 def followed(bench: Bench, made: np.ndarray, wanted: Sequence[Mapping[str, str]]) -> dict[str, float]:
     """The share of pictures that show wanted attributes: each, and 'all' of them."""
-    seen = bench.judge.read(made)
+    seen = bench.classifier.read(made)
     hits = {name: seen[name] == np.array([w[name] for w in wanted]) for name in wanted[0]}
     return {name: share(of) for name, of in hits.items()} | {"all": share(np.all([*hits.values()], axis=0))}
 
@@ -194,24 +198,24 @@ def spread_within(bench: Bench, made: np.ndarray, groups: np.ndarray) -> dict[st
     """How different the pictures of one caption are.
 
     Args:
-      bench: whose judge sees features.
+      bench: whose classifier has features.
       made: [N, H, W, C].
       groups: [N] the number of each one's caption.
 
     Returns:
-      'distance', the RMS distance of the judge's features between two of them; 'distinct', the number of different
+      'distance', the RMS distance of the classifier's features between two of them; 'distinct', the number of different
       pairs of place and background over that of pictures, averaged over captions.
     """
-    where = list(zip(bench.judge.read(made)["place"], background(made), strict=True))
+    where = list(zip(bench.classifier.read(made)["place"], background(made), strict=True))
     distinct = [len({where[i] for i in np.flatnonzero(groups == g)}) / (groups == g).sum() for g in np.unique(groups)]
     return {
-        "distance": metrics.spread(np.asarray(bench.judge.features(made)), groups),
+        "distance": metrics.spread(np.asarray(bench.classifier.features(made)), groups),
         "distinct": float(np.mean(distinct)),
     }
 
 
 def real_row(bench: Bench, of: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What the judge reads rightly in the originals: no score can be expected to be above these."""
+    """What the classifier reads correctly in the originals: no score can be expected to be above these."""
     return kept(bench, of["image"], of)
 
 
@@ -231,9 +235,9 @@ def inpaint(bench: Bench) -> list[dict]:
             sample_fn = bench.systems[name]
             results[name] = sample_fn(args.seed, prompt=prompts, image=picture, mask=known, batch_size=args.batch)
     for name, made in results.items():
-        channels = name in bench.systems and "inpaint" in bench.systems[name].painter.takes
+        channels = name in bench.systems and "inpaint" in bench.systems[name].first.conditions
         how = "trained to fill" if channels else "replacement" if name in bench.systems else ""
-        old = bench.judge.read(made)
+        old = bench.classifier.read(made)
         rows.append(
             {"pictures": name, "method": how, "count": len(made), **followed(bench, made, wanted)}
             | {"still the old": share((old["shape"] == of["shape"]) & (old["colour"] == of["colour"]))}
@@ -267,7 +271,7 @@ def image_to_image(bench: Bench) -> list[dict]:
     x = [row["strength"] for row in rows]
     names = {"caption followed": "all", "place kept": "place kept", "background kept": "background kept"}
     curves = {name: (x, [row[key] for row in rows]) for name, key in {**names, "overlap": "overlap"}.items()}
-    bench.plot("image_to_image_plot", [images.Panel("strength", "share", curves)])
+    bench.plot("image_to_image_plot", [plots.Panel("strength", "share", curves)])
     return rows
 
 
@@ -278,10 +282,10 @@ def reconstruct(bench: Bench) -> list[dict]:
     drawn, labels = [of["image"]], [["input"]]
     other = rng.standard_normal(of["image"].shape, np.float32)
     for steps in args.steps:
-        found = editing.encode(sample_fn, of["image"], steps=steps, batch_size=args.batch)
+        found = latents.encode(sample_fn, of["image"], steps=steps, batch_size=args.batch)
         for name, noise in (("its own", found.noise), ("another", other)):
-            latents = found._replace(noise=noise)
-            made = editing.decode(sample_fn, latents, steps=steps, batch_size=args.batch)
+            of_noise = found._replace(noise=noise)
+            made = latents.decode(sample_fn, of_noise, steps=steps, batch_size=args.batch)
             row = {"steps": steps, "noise": name, "count": len(made), "psnr": metrics.psnr(made, of["image"])}
             rows.append(row | kept(bench, made, of) | {"background": share(background(made) == of["background"])})
             drawn, labels = [*drawn, made], [*labels, [f"{steps} steps, {name} noise"]]
@@ -294,19 +298,19 @@ def variations(bench: Bench) -> list[dict]:
     """What is kept by pictures of one embedding, with DDIM from its noise or with noise of their own (unCLIP)."""
     args, sample_fn = bench.args, bench.systems["unclip"]
     of = things(bench, max(args.num // args.each, 1))
-    found = editing.encode(sample_fn, of["image"], batch_size=args.batch)
+    found = latents.encode(sample_fn, of["image"], batch_size=args.batch)
     groups = np.repeat(np.arange(len(of["image"])), args.each)
-    many = editing.Latents(*(part[groups] for part in found))
+    many = latents.Latents(*(part[groups] for part in found))
     repeated = {name: of[name][groups] for name in of}
-    decoder, rows = editing.decoder_of(sample_fn), []
-    told = {"prompt": ""} if decoder.tokenizers else {}
+    decoder, rows = latents.decoder_of(sample_fn), []
+    caption_of = {"prompt": ""} if decoder.reads_text else {}
     ways: dict[str, Callable[[], np.ndarray]] = {
-        f"DDIM, eta {eta:g}": lambda eta=eta: editing.decode(
+        f"DDIM, eta {eta:g}": lambda eta=eta: latents.decode(
             sample_fn, many, seed=args.seed, eta=eta, guidance=None, same_noise=False, batch_size=args.batch
         )
         for eta in args.etas
     }
-    ways["new noise"] = lambda: decoder(args.seed, image_embedding=many.embedding, batch_size=args.batch, **told)
+    ways["new noise"] = lambda: decoder(args.seed, image_embedding=many.embedding, batch_size=args.batch, **caption_of)
     drawn, labels = [repeated["image"]], [["input"]]
     for name, way in ways.items():
         made = way()
@@ -321,19 +325,21 @@ def variations(bench: Bench) -> list[dict]:
 
 
 def interpolate(bench: Bench) -> list[dict]:
-    """What the judge reads on the way from one picture to another of other colour and shape (unCLIP)."""
+    """What the classifier reads on the way from one picture to another of other colour and shape (unCLIP)."""
     args, sample_fn = bench.args, bench.systems["unclip"]
     weights, pairs = np.linspace(0, 1, args.points), max(args.num // args.points, 1)
     of = things(bench, 2 * pairs + 10)
     differ = [all(of[n][i] != of[n][i + 1] for n in ("shape", "colour")) for i in range(len(of["image"]) - 1)]
     first = np.flatnonzero(differ)[:pairs]
-    at, after = (editing.encode(sample_fn, of["image"][i], batch_size=args.batch) for i in (first, first + 1))
-    latents = editing.Latents(
-        np.concatenate([editing.turned(*ends, weights) for ends in zip(at.embedding, after.embedding, strict=True)]),
-        np.concatenate([editing.slerp(*ends, weights) for ends in zip(at.noise, after.noise, strict=True)]),
+    at, after = (latents.encode(sample_fn, of["image"][i], batch_size=args.batch) for i in (first, first + 1))
+    between = latents.Latents(
+        np.concatenate(
+            [latents.slerp_embeddings(*ends, weights) for ends in zip(at.embedding, after.embedding, strict=True)]
+        ),
+        np.concatenate([latents.slerp(*ends, weights) for ends in zip(at.noise, after.noise, strict=True)]),
     )
-    made = editing.decode(sample_fn, latents, batch_size=args.batch)
-    paths = {name: values.reshape(len(first), -1) for name, values in bench.judge.read(made).items()}
+    made = latents.decode(sample_fn, between, batch_size=args.batch)
+    paths = {name: values.reshape(len(first), -1) for name, values in bench.classifier.read(made).items()}
     curves, smooth = {}, {}
     for name in ("colour", "shape"):
         ends = of[name][first][:, None], of[name][first + 1][:, None]
@@ -352,7 +358,7 @@ def interpolate(bench: Bench) -> list[dict]:
     rows.append({"weight": "paths that go from first to second and never back", "pairs": len(first), **names})
     bench.plot(
         "interpolate_plot",
-        [images.Panel("weight of the second", "share", {n: (weights, v) for n, v in curves.items()})],
+        [plots.Panel("weight of the second", "share", {n: (weights, v) for n, v in curves.items()})],
     )
     shown = list(made.reshape(len(first), -1, *made.shape[1:])[:8])
     bench.draw("interpolate", shown, [[f"{w:.2f}" for w in weights]] * len(shown))
@@ -371,20 +377,20 @@ def diff(bench: Bench) -> list[dict]:
     every = things(bench, max(args.num // len(SAID), 1) * 2)
     every = {name: values[every["place"] != "none"] for name, values in every.items()}
     of = {name: values[: max(args.num // len(SAID), 1)] for name, values in every.items()}
-    found = editing.encode(sample_fn, of["image"], batch_size=args.batch)
+    found = latents.encode(sample_fn, of["image"], batch_size=args.batch)
     rows, drawn, labels = [], [], []
     for name in SAID:
         wanted = another(bench, of, name)
         towards = [
-            editing.text_difference(sample_fn, caption(record(of, i), **w), caption(record(of, i)))
+            latents.text_difference(sample_fn, caption(record(of, i), **w), caption(record(of, i)))
             for i, w in enumerate(wanted)
         ]
         for weight in args.weights:
             embedding = [
-                editing.turned(own, np.linalg.norm(own) * t, [weight])[0]
+                latents.slerp_embeddings(own, np.linalg.norm(own) * t, [weight])[0]
                 for own, t in zip(found.embedding, towards, strict=True)
             ]
-            made = editing.decode(sample_fn, found._replace(embedding=np.stack(embedding)), batch_size=args.batch)
+            made = latents.decode(sample_fn, found._replace(embedding=np.stack(embedding)), batch_size=args.batch)
             rest = [other for other in SAID if other != name]
             same = kept(bench, made, of)
             row = {"changed": name, "weight": weight, "count": len(made), "new": followed(bench, made, wanted)[name]}
@@ -396,14 +402,14 @@ def diff(bench: Bench) -> list[dict]:
     return rows
 
 
-def asked_captions(bench: Bench) -> tuple[list[str], np.ndarray, np.ndarray]:
+def known_captions(bench: Bench) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Captions that at least `each` training pictures have: [N] captions, their numbers [N], and such pictures."""
     of = things(bench, 10**6, "train")
     number, each = max(bench.args.num // bench.args.each, 1), bench.args.each
     texts, counts = np.unique(of["caption"].astype(str), return_counts=True)
     texts = np.random.default_rng(bench.args.seed).permutation(texts[counts >= each])[:number]
     if not len(texts):
-        raise UserError(f"no caption has {each} real pictures; --each; ask for fewer")
+        raise UserError(f"no caption has {each} real pictures; --each; use fewer")
     pictures = np.concatenate([of["image"][of["caption"] == text][:each] for text in texts])
     return np.repeat(texts, each).tolist(), np.repeat(np.arange(len(texts)), each), pictures
 
@@ -412,13 +418,13 @@ def quality(bench: Bench, made: np.ndarray, prompts: Sequence[str], groups: np.n
     """How well pictures show what their captions say, and how different those of one caption are."""
     images.check_finite(made)
     names = ("accuracy", "whole", *SAID)
-    scores = judges.caption_scores(bench.judge, made, prompts)
+    scores = evaluation.caption_scores(bench.classifier.read(made), prompts)
     return {name: scores[name] for name in names if name in scores} | spread_within(bench, made, groups)
 
 
 def prior(bench: Bench) -> list[dict]:
     """The same captions through each prior, through the text embedding alone, and without an embedding (unCLIP)."""
-    args, (prompts, groups, real) = bench.args, asked_captions(bench)
+    args, (prompts, groups, real) = bench.args, known_captions(bench)
     results = {}
     for flag, name in (("unclip", "diffusion prior"), ("ar", "autoregressive prior")):
         if flag not in bench.systems:
@@ -426,7 +432,7 @@ def prior(bench: Bench) -> list[dict]:
         if results:
             made = bench.systems[flag](args.seed, prompt=prompts, batch_size=args.batch)
         else:
-            results = editing.with_and_without_prior(
+            results = latents.with_and_without_prior(
                 bench.systems[flag], prompts, seed=args.seed, batch_size=args.batch
             )
             made = results.pop("prior")
@@ -442,12 +448,12 @@ def prior(bench: Bench) -> list[dict]:
 
 def diversity(bench: Bench) -> list[dict]:
     """Accuracy and diversity of every system given against the guidance of the stage that makes pictures."""
-    args, (prompts, groups, real) = bench.args, asked_captions(bench)
+    args, (prompts, groups, real) = bench.args, known_captions(bench)
     rows = [{"system": "(real pictures)", "count": len(real), **quality(bench, real, prompts, groups)}]
     curves, drawn, labels = {}, [], []
     for name, sample_fn in bench.systems.items():
         for scale in args.guidance:
-            made = sample_fn(args.seed, prompt=prompts, guidance={sample_fn.painter.name: scale}, batch_size=args.batch)
+            made = sample_fn(args.seed, prompt=prompts, guidance={sample_fn.first.name: scale}, batch_size=args.batch)
             rows.append(
                 {"system": name, "guidance": scale, "count": len(made), **quality(bench, made, prompts, groups)}
             )
@@ -465,7 +471,7 @@ def diversity(bench: Bench) -> list[dict]:
     bench.plot(
         "diversity_plot",
         [
-            images.Panel(xlabel, "accuracy", {name: (of[k], of[2]) for name, of in curves.items()}, notes)
+            plots.Panel(xlabel, "accuracy", {name: (of[k], of[2]) for name, of in curves.items()}, notes)
             for k, xlabel in enumerate(("distance within a caption", "distinct places and backgrounds"))
         ],
     )
@@ -495,12 +501,12 @@ SECTIONS: dict[str, tuple[Callable[[Bench], list[dict]], tuple[str, ...]]] = {
 SYSTEMS = ("glide", "inpaint", "unclip", "ar")
 
 
-def cut(sample_fn: pipeline.SampleFn) -> pipeline.SampleFn:
+def without_upsamplers(sample_fn: SampleFn) -> SampleFn:
     """The system without the stages that enlarge."""
-    if sample_fn.painter is None or sample_fn.painter.low_res:
-        raise UserError(f"{sample_fn.stages[0].name} makes no pictures alone; benchmarks/edits.py; pass a whole system")
-    count = sample_fn.stages.index(sample_fn.painter) + 1
-    return dataclasses.replace(sample_fn, stages=sample_fn.stages[:count])
+    if sample_fn.first is None or sample_fn.enlarges:
+        raise UserError(f"{sample_fn.models[0].name} makes no pictures alone; edits; pass a whole system")
+    count = sample_fn.models.index(sample_fn.first) + 1
+    return dataclasses.replace(sample_fn, models=sample_fn.models[:count])
 
 
 def numbers(text: str) -> list[float]:
@@ -520,8 +526,8 @@ def parser() -> argparse.ArgumentParser:
         "--each", type=int, default=8, help="variations, prior, diversity: pictures of one original or caption"
     )
     p.add_argument("--batch", type=int, default=50, help="pictures made at once")
-    p.add_argument("--seed", type=int, default=0, help="of the noise and of what is asked for")
-    p.add_argument("--judge_steps", type=int, default=2000, help="how long the judge is trained")
+    p.add_argument("--seed", type=int, default=0, help="of the noise and of the new attributes")
+    p.add_argument("--classifier_steps", type=int, default=2000, help="how long the classifier is trained")
     p.add_argument("--points", type=int, default=9, help="interpolate: pictures on a path")
     p.add_argument("--steps", type=lambda text: text.split(","), default=["10", "25", "50", "100"],
                    help="reconstruct: numbers of steps, comma between")  # fmt: skip
@@ -536,7 +542,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Loads the systems, trains the judge, and runs the sections."""
+    """Loads the systems, trains the classifier, and runs the sections."""
     chosen = args.what.split(",")
     for name in chosen:
         if name not in SECTIONS:
@@ -546,30 +552,31 @@ def measure(args: argparse.Namespace) -> None:
         wanted = SECTIONS[name][1]
         if not {*wanted} & {*given}:
             raise UserError(f"{name} needs a system; --what; pass --{' or --'.join(wanted)}=WORKDIR")
-    systems = {name: cut(diffax.load(getattr(args, name))) for name in given}
-    sections = {name: fn.config[fn.painter.name] for name, fn in systems.items()}
+    systems = {name: without_upsamplers(diffax.load(getattr(args, name))) for name in given}
+    sections = {name: fn.config[fn.first.name] for name, fn in systems.items()}
     first = sections[given[0]]
     for name, section in sections.items():
         same = tuple(section["shape"]) == tuple(first["shape"]) and section["data"]["single"]
-        if not same or section["data"]["name"] != "shapes":
+        if not same or section["data"]["name"] != evaluation.DATA:
             raise UserError(f"{name} does not make single shapes of {first['shape']}; --{name}; use :tiny systems")
-    bench = Bench(systems, judges.captions(first, steps=args.judge_steps), first, args)
+    classifier = evaluation.captions(steps=args.classifier_steps).fit(first, tuple(first["shape"]))
+    bench = Bench(systems, classifier, first, args)
     header = {
         "num": args.num,
         "seed": args.seed,
         "training_step": {name: dict(fn.step) for name, fn in systems.items()},
     }
-    header["judge_on_real"] = bench.judge.accuracy
-    print("judge on real pictures: " + ", ".join(f"{name} {of:.3f}" for name, of in bench.judge.accuracy.items()))
+    header["classifier_on_real"] = dict(classifier.accuracies)
+    print("classifier on real pictures: " + ", ".join(f"{name} {of:.3f}" for name, of in classifier.accuracies.items()))
     for name in chosen:
-        table = evaluate.write_report(pathlib.Path(args.out), SECTIONS[name][0](bench), header, name=name)
+        table = report.write_report(pathlib.Path(args.out), SECTIONS[name][0](bench), header, name=name)
         print(f"\n## {name}\n\n{table}", flush=True)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Measures, and returns the exit status."""
     args = parser().parse_args(argv)
-    main.set_cpu_flags()
+    cpu_flags.set_cpu_flags()
     try:
         measure(args)
     except (UserError, RunError) as error:

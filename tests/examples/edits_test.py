@@ -1,5 +1,6 @@
-"""The scores of edits: what is told without a network, and every section on micro models with a judge that is known."""
+"""The scores of edits: what is seen without a network, and every section on micro models."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,11 +8,10 @@ import pytest
 from PIL import Image
 
 import diffax
-from benchmarks import edits
-from diffax.data import images, shapes
-from diffax.evaluation import judges
-from tests import dalle2_test, glide_test, micro
-from tests.editing_test import untrained
+from diffax.data import images
+from examples.shapes import data as shapes
+from examples.shapes import edits, evaluation
+from tests.sampling import untrained
 
 
 def scenes(count: int) -> list[shapes.Scene]:
@@ -85,9 +85,9 @@ def test_where_a_curve_reaches_a_level():
 
 
 class Known:
-    """A judge that knows the pictures it was shown, and takes all others for a small red circle at the top left."""
+    """It knows the pictures it was shown, and takes all others for a small red circle at the top left."""
 
-    accuracy = dict.fromkeys(edits.SAID, 1.0)
+    accuracies = dict.fromkeys(edits.SAID, 1.0)
 
     def __init__(self):
         self.known = {}
@@ -106,22 +106,32 @@ class Known:
         return np.asarray(pictures).mean((1, 2))
 
 
+def of_shapes(sample_fn, *names):
+    """A system, as if it was trained on single shapes."""
+    config, data = dict(sample_fn.config), {"name": evaluation.DATA, "split": "train", "single": True, "holdout": ()}
+    for name in names:
+        config[name] = {**config[name], "data": {**data, "label": "label", "data_dir": ""}}
+    return dataclasses.replace(sample_fn, config=config)
+
+
 @pytest.fixture(scope="module")
 def systems():
-    base = [o for o in (*micro.OVERRIDES, *glide_test.BASE) if o.startswith("config.base")]
     return {
-        "glide": untrained("glide_base_64:tiny", *base),
-        "unclip": untrained("dalle2:tiny", *dalle2_test.OVERRIDES, "config.prior.variance=fixed_small"),
+        "glide": of_shapes(untrained.glide(inpaint=False), "base"),
+        "inpaint": of_shapes(untrained.glide(), "base"),
+        "unclip": of_shapes(untrained.unclip(), "prior", "decoder"),
     }
 
 
 @pytest.fixture
 def run(systems, monkeypatch, tmp_path):
     """(sections, flags) -> {section: rows}; files are in tmp_path."""
-    judge, real = Known(), edits.things
+    classifier, real = Known(), edits.things
     monkeypatch.setattr(diffax, "load", systems.__getitem__)
-    monkeypatch.setattr(judges, "captions", lambda section, steps: judge)
-    monkeypatch.setattr(edits, "things", lambda bench, num, *split: judge.learn(real(bench, min(num, 400), *split)))
+    monkeypatch.setattr(evaluation.Captions, "fit", lambda self, section, shape: classifier)
+    monkeypatch.setattr(
+        edits, "things", lambda bench, num, *split: classifier.learn(real(bench, min(num, 400), *split))
+    )
 
     def call(what, *more):
         flags = ["--num=8", "--each=2", "--batch=4", "--steps=40", "--points=3", "--etas=1", "--strengths=0.5"]
@@ -136,9 +146,9 @@ def run(systems, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_scores_of_glide(run, tmp_path, capsys):
-    found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=glide")
+    found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=inpaint")
     rows = {row["pictures"]: row for row in found["inpaint"]}
-    assert [rows[name]["method"] for name in rows] == ["", "replacement", "replacement"]
+    assert [rows[name]["method"] for name in rows] == ["", "trained to fill", "replacement"]
     assert all(row["known pixels changed"] == 0 and row["count"] == 8 for row in rows.values())
     assert rows["untouched"]["all"] == 0 and rows["untouched"]["still the old"] == 1
     assert rows["glide"]["still the old"] < 1
