@@ -250,8 +250,8 @@ def describe(found: Mapping[str, Any]) -> str:
     )
     if seconds := _communication_seconds(found):
         lines.append(
-            f"  communication between devices, at least, by the vendor's figure: {1000 * seconds:,.1f} ms, more or less "
-            "of it while they compute"
+            f"  communication between devices, at least, by the vendor's figure: {1000 * seconds:,.1f} ms, "
+            "more or less of it while they compute"
         )
     if found.get("few"):
         lines.append(
