@@ -85,7 +85,7 @@ def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, clas
         return None
     from diffax.evaluation import scores
 
-    held_out = grids.held_out_examples(section, model.data_shape, config["eval"]["num"], model.columns())
+    held_out = scores.guide_examples(config, model)
 
     def score(params: Params, step: int) -> None:
         found: dict[str, np.ndarray] = scores.guide_scores(config, model, params, held_out, class_names)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffax.commands import Job
+from diffax.conditions.text import read_prompts
 from diffax.errors import UserError
 from diffax.models.system import System
 from diffax.sampling.load import load_workdir
@@ -48,22 +49,6 @@ def prompts_of(job: Job) -> list[str]:
     if job.args.prompt is not None:
         return [job.args.prompt]
     return read_prompts(job.args.prompts) if job.args.prompts else []
-
-
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-      UserError: it cannot be read, or there are none.
-    """
-    try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts ({error}); --prompts={path}; one a line, UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"there are no prompts; --prompts={path}; write one a line")
-    return prompts
 
 
 def output_of(job: Job, name: str) -> pathlib.Path:

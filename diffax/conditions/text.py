@@ -1,6 +1,8 @@
 """Captions: read by a transformer that is trained with the network (GLIDE), or as tokens (unCLIP's prior)."""
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -221,3 +223,19 @@ class Tokens(Captioned):
 
     def null(self, params: Mapping[str, Any]) -> np.ndarray:
         return np.full(self.tokenizer.length, -1, np.int32)
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+      UserError: it cannot be read, or there are none.
+    """
+    try:
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts ({error}); --prompts={path}; one a line, UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"there are no prompts; --prompts={path}; write one a line")
+    return prompts

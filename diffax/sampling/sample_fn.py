@@ -324,7 +324,7 @@ class SampleFn:
         lengths += [self.arguments[name].count(value) or 1 for name, value in conditions.items()]
         for given in numbers:
             for value in given.values() if isinstance(given, Mapping) else [given]:
-                lengths += [len(value)] if isinstance(value, Sequence | np.ndarray) and np.ndim(value) == 1 else []
+                lengths += _length(value)
         n = max(lengths, default=1) if n is None else n
         if not isinstance(n, int | np.integer) or n < 1:
             raise UserError(f"there is nothing to sample (n = {n}); sample_fn; n is at least 1")
@@ -448,6 +448,14 @@ def _with_eta(name: str, eta: float | None) -> Any:
     if not field.accepts(float(eta)):
         raise UserError(f"eta must be {field.allowed}, got {eta}; sample_fn")
     return factory(eta=float(eta))
+
+
+def _length(value: Any) -> list[int]:
+    """[n] of n numbers; [] of one number, and of what `_numbers` refuses."""
+    try:
+        return [len(value)] if isinstance(value, Sequence | np.ndarray) and np.ndim(value) == 1 else []
+    except ValueError:  # it is ragged
+        return []
 
 
 @functools.lru_cache(maxsize=32)

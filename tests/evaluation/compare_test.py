@@ -15,12 +15,17 @@ from PIL import Image
 
 from diffax import config as configs
 from diffax import main
+from diffax.components import spec
+from diffax.conditions.text import read_prompts
 from diffax.data import images
 from diffax.errors import RunError, UserError
-from diffax.evaluation import compare, evaluate, metrics
-from diffax.models import stages
-from diffax.sampling import pipeline
-from diffax.training import checkpoint
+from diffax.evaluation import clip_score, compare, features, metrics
+from diffax.evaluation import pictures as pictures_of
+from diffax.evaluation import reference as reference_of
+from diffax.models.system import System
+from diffax.sampling import files
+from diffax.training import workdir as workdirs
+from diffax.training.checkpoints import Checkpoints
 from diffax.weights import inception as weights
 from tests import micro
 
@@ -53,7 +58,7 @@ def extract(batch):
 
 
 def measure(found):
-    return compare.inception_statistics(found, extract, batch_size=4)
+    return features.inception_statistics(found, extract, batch_size=4)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -66,10 +71,10 @@ def test_a_folder_is_read_in_order(tmp_path):
         (tmp_path / name).write_text("no picture")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.png").write_text("no picture")
-    found = compare.open_pictures(tmp_path)
+    found = pictures_of.open_pictures(tmp_path)
     np.testing.assert_array_equal(read_all(found), made)
     assert (found.count, found.notes) == (11, [])
-    few = compare.open_pictures(tmp_path, limit=7)
+    few = pictures_of.open_pictures(tmp_path, limit=7)
     np.testing.assert_array_equal(read_all(few), made[:7])
 
 
@@ -78,15 +83,15 @@ def test_files_of_pictures_are_read_in_order(tmp_path, save):
     made = pictures(11)
     for i, (low, high) in enumerate([(0, 4), (4, 11)]):
         save(tmp_path / f"part_{i}.npz", arr_0=made[low:high], arr_1=np.arange(high - low))
-    (tmp_path / f"part_0{compare.MARK}1.npz").write_text("statistics are no pictures")
-    found = compare.open_pictures(tmp_path)
+    (tmp_path / f"part_0{pictures_of.MARK}1.npz").write_text("statistics are no pictures")
+    found = pictures_of.open_pictures(tmp_path)
     assert found.count == 11
     for size in (1, 3, 100):
         np.testing.assert_array_equal(read_all(found, size), made)
-    np.testing.assert_array_equal(read_all(compare.open_pictures(tmp_path, limit=6)), made[:6])
-    np.testing.assert_array_equal(read_all(compare.open_pictures(tmp_path / "part_1.npz")), made[4:])
+    np.testing.assert_array_equal(read_all(pictures_of.open_pictures(tmp_path, limit=6)), made[:6])
+    np.testing.assert_array_equal(read_all(pictures_of.open_pictures(tmp_path / "part_1.npz")), made[4:])
     path = images.save_npz(tmp_path / "one", made[:5], np.arange(5))
-    np.testing.assert_array_equal(read_all(compare.open_pictures(path)), made[:5])
+    np.testing.assert_array_equal(read_all(pictures_of.open_pictures(path)), made[:5])
 
 
 def test_grey_and_transparent_pictures_are_told(tmp_path):
@@ -95,14 +100,14 @@ def test_grey_and_transparent_pictures_are_told(tmp_path):
     Image.fromarray(made[1, ..., 0]).save(tmp_path / "1.png")
     clear = np.concatenate([made[2], np.zeros_like(made[2, ..., :1])], -1)
     Image.fromarray(clear).save(tmp_path / "2.png")
-    found = compare.open_pictures(tmp_path)
+    found = pictures_of.open_pictures(tmp_path)
     got = read_all(found)
     np.testing.assert_array_equal(got[0], made[0])
     np.testing.assert_array_equal(got[1], np.repeat(made[1, ..., :1], 3, -1))
     assert (got[2] == 255).all()
     assert len(found.notes) == 1 and found.notes[0].startswith("2 of 3 pictures")
     np.savez(tmp_path / "grey.npz", arr_0=made[..., :1])
-    grey = compare.open_pictures(tmp_path / "grey.npz")
+    grey = pictures_of.open_pictures(tmp_path / "grey.npz")
     np.testing.assert_array_equal(read_all(grey), np.repeat(made[..., :1], 3, -1))
     assert "grey" in grey.notes[0]
 
@@ -145,7 +150,7 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path):
         few: "3 pictures.*at least 4",
     }.items():
         with pytest.raises(UserError, match=match) as error:
-            compare.statistics_of(path, measure, about={"features": "inception"}, cache=False)
+            features.statistics_of(path, measure, about={"features": "inception"}, cache=False)
         assert "\n" not in str(error.value) and str(error.value).count("; ") >= 2
 
 
@@ -155,8 +160,8 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path):
 @pytest.mark.parametrize("size", [1, 4, 50])
 def test_inception_statistics_are_those_of_all_features_at_once(tmp_path, size):
     made = pictures(23)
-    found = compare.open_pictures(write_folder(tmp_path, made))
-    got, want = compare.inception_statistics(found, extract, batch_size=size), extract(made)
+    found = pictures_of.open_pictures(write_folder(tmp_path, made))
+    got, want = features.inception_statistics(found, extract, batch_size=size), extract(made)
     np.testing.assert_allclose(got["features"], want["2048"], atol=1e-6)
     for suffix, name in (("", "2048"), ("_s", "spatial")):
         np.testing.assert_allclose(got["mu" + suffix], want[name].mean(0), atol=1e-6)
@@ -166,15 +171,15 @@ def test_inception_statistics_are_those_of_all_features_at_once(tmp_path, size):
 
 def test_patch_statistics_are_those_of_all_patches_at_once(tmp_path):
     made = pictures(23)
-    found = compare.open_pictures(write_folder(tmp_path / "a", made))
+    found = pictures_of.open_pictures(write_folder(tmp_path / "a", made))
     want = metrics.moments(metrics.patches(images.from_uint8(made)))
     for size in (1, 5, 50):
-        got = compare.patch_statistics(found, batch_size=size)
+        got = features.patch_statistics(found, batch_size=size)
         np.testing.assert_allclose(got["mu"], want.mean, atol=1e-9)
         np.testing.assert_allclose(got["sigma"], want.covariance, atol=1e-9)
-    tiny = compare.open_pictures(write_folder(tmp_path / "tiny", pictures(4, side=6)))
+    tiny = pictures_of.open_pictures(write_folder(tmp_path / "tiny", pictures(4, side=6)))
     with pytest.raises(UserError, match="pictures of 6x6"):
-        compare.patch_statistics(tiny, batch_size=1)
+        features.patch_statistics(tiny, batch_size=1)
 
 
 def test_statistics_are_kept_and_never_stale(tmp_path, capsys):
@@ -186,7 +191,7 @@ def test_statistics_are_kept_and_never_stale(tmp_path, capsys):
         return measure(found)
 
     def get(about=about, **options):
-        return compare.statistics_of(folder, counted, about=about, **options)[0]
+        return features.statistics_of(folder, counted, about=about, **options)[0]
 
     first, again = get(), get()
     assert calls == [8] and set(first) == set(again)
@@ -207,7 +212,7 @@ def test_statistics_are_kept_and_never_stale(tmp_path, capsys):
     (folder / "0" / "000.png").rename(folder / "9.png")
     get()
     assert len(calls) == 6
-    kept = sorted(tmp_path.glob(f"set{compare.MARK}*.npz"))
+    kept = sorted(tmp_path.glob(f"set{pictures_of.MARK}*.npz"))
     assert len(kept) == 5
     for path in kept:
         path.write_bytes(path.read_bytes()[:3000])
@@ -224,11 +229,11 @@ def test_a_set_that_cannot_have_files_beside_it_is_measured_all_the_same(tmp_pat
         raise RunError("cannot write; disk; free the space")
 
     monkeypatch.setattr(images, "write_atomically", refuse)
-    found, _ = compare.statistics_of(folder, measure, about={"features": "inception"})
+    found, _ = features.statistics_of(folder, measure, about={"features": "inception"})
     assert found["count"] == 8 and "not kept" in capsys.readouterr().err
 
 
-def reference(path, *, width=compare.POOL, **more):
+def reference(path, *, width=features.POOL, **more):
     """A file such as ADM publishes, with moments that are nobody's."""
     moments = {"mu": np.arange(width) / width, "sigma": np.eye(width), "mu_s": np.ones(3), "sigma_s": np.eye(3)}
     np.savez(path, **(moments | more))
@@ -239,35 +244,35 @@ def test_a_reference_file_gives_its_moments_and_the_rest_of_its_pictures(tmp_pat
     made = pictures(9)
     about = {"features": "inception", "weights": "abc"}
     path = reference(tmp_path / "ref.npz", arr_0=made)
-    found, _ = compare.statistics_of(path, measure, about=about)
-    np.testing.assert_array_equal(found["mu"], np.arange(compare.POOL) / compare.POOL)
+    found, _ = features.statistics_of(path, measure, about=about)
+    np.testing.assert_array_equal(found["mu"], np.arange(features.POOL) / features.POOL)
     np.testing.assert_array_equal(found["mu_s"], np.ones(3))
     np.testing.assert_allclose(found["features"], extract(made)["2048"], atol=1e-6)
     assert found["count"] == 0  # of how many pictures those moments are, nobody says
-    alone, _ = compare.statistics_of(reference(tmp_path / "alone.npz"), measure, about=about)
+    alone, _ = features.statistics_of(reference(tmp_path / "alone.npz"), measure, about=about)
     assert "features" not in alone and alone["count"] == 0
     with pytest.raises(UserError, match="other features .7 of them, not 2048"):
-        compare.statistics_of(reference(tmp_path / "short.npz", width=7), measure, about=about)
+        features.statistics_of(reference(tmp_path / "short.npz", width=7), measure, about=about)
     with pytest.raises(UserError, match="other features .features inception"):
-        compare.statistics_of(path, measure, about={"features": "patches", "weights": ""})
+        features.statistics_of(path, measure, about={"features": "patches", "weights": ""})
     bad = reference(tmp_path / "bad.npz", sigma=np.eye(5))
     with pytest.raises(UserError, match=r"sigma is \(5, 5\)"):
-        compare.statistics_of(bad, measure, about=about)
-    np.savez(tmp_path / "mu.npz", mu=np.zeros(compare.POOL))
+        features.statistics_of(bad, measure, about=about)
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(features.POOL))
     with pytest.raises(UserError, match="sigma"):
-        compare.statistics_of(tmp_path / "mu.npz", measure, about=about)
+        features.statistics_of(tmp_path / "mu.npz", measure, about=about)
 
 
 def test_statistics_of_ours_serve_as_a_reference(tmp_path):
     about = {"features": "inception", "weights": "abc"}
     folder = write_folder(tmp_path / "set", pictures(8))
-    measured, _ = compare.statistics_of(folder, measure, about=about)
-    (kept,) = tmp_path.glob(f"set{compare.MARK}*.npz")
-    again, _ = compare.statistics_of(kept, None, about=about)
+    measured, _ = features.statistics_of(folder, measure, about=about)
+    (kept,) = tmp_path.glob(f"set{pictures_of.MARK}*.npz")
+    again, _ = features.statistics_of(kept, None, about=about)
     assert int(again["count"]) == 8 and list(again["size"]) == [SIDE, SIDE]
     assert compare.compare(measured, again)[0]["fid"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match="other features .weights abc"):
-        compare.statistics_of(kept, None, about={**about, "weights": "def"})
+        features.statistics_of(kept, None, about={**about, "weights": "def"})
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -329,7 +334,7 @@ def test_the_command_compares_patches_without_any_weights(tmp_path, capsys, monk
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module is there already
         with pytest.raises(SystemExit) as end:
-            runpy.run_module("diffax.evaluate", run_name="__main__")
+            runpy.run_module("diffax.evaluation", run_name="__main__")
     assert end.value.code == 0
     found = json.loads(output.read_text())
     want = metrics.frechet_distance(*(metrics.patches(images.from_uint8(x)) for x in (first, second)))
@@ -342,7 +347,7 @@ def test_the_command_compares_patches_without_any_weights(tmp_path, capsys, monk
 
 def test_the_command_prints_the_numbers_of_papers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda path: ({"of": path}, "f" * 64))
-    monkeypatch.setattr(compare, "inception_extractor", lambda params: extract if params == {"of": "w.pb"} else None)
+    monkeypatch.setattr(features, "inception_extractor", lambda params: extract if params == {"of": "w.pb"} else None)
     a, b = write_folder(tmp_path / "a", pictures(10)), write_folder(tmp_path / "b", pictures(12, seed=1))
     assert compare.run([str(a), str(b), "--inception=w.pb", f"--output={tmp_path / 'found.json'}"]) == 0
     out = capsys.readouterr()
@@ -399,48 +404,48 @@ ABOUT = {"seed": 1, "guidance": 1.5, "steps": "ddim25", "training_step": {"base"
 
 
 def test_processes_share_the_files_and_the_first_waits(tmp_path):
-    calls, where = ([], [], []), {"about": ABOUT, "shard": 4, "process_count": 3}
-    waiting = threading.Thread(target=evaluate.sample_to_folder, args=(sampler(calls[0]), tmp_path, 18), kwargs=where)
+    calls, where = ([], [], []), {"about": ABOUT, "per_file": 4, "process_count": 3}
+    waiting = threading.Thread(target=files.sample_to_folder, args=(sampler(calls[0]), tmp_path, 18), kwargs=where)
     waiting.start()
-    evaluate.sample_to_folder(sampler(calls[1]), tmp_path, 18, process_index=1, **where)
+    files.sample_to_folder(sampler(calls[1]), tmp_path, 18, process_index=1, **where)
     waiting.join(1.5)
     assert waiting.is_alive(), "process 2 has made nothing yet"
-    evaluate.sample_to_folder(sampler(calls[2]), tmp_path, 18, process_index=2, **where)
+    files.sample_to_folder(sampler(calls[2]), tmp_path, 18, process_index=2, **where)
     waiting.join(60)
     assert not waiting.is_alive()
     assert calls == ([(0, 4), (12, 4)], [(4, 4), (16, 2)], [(8, 4)])
-    np.testing.assert_array_equal(read_all(compare.open_pictures(tmp_path)), images.to_uint8(sampler([])(0, 18)))
+    np.testing.assert_array_equal(read_all(pictures_of.open_pictures(tmp_path)), images.to_uint8(sampler([])(0, 18)))
 
 
 def test_samples_go_on_where_they_stopped(tmp_path):
     calls = []
     with pytest.raises(KeyboardInterrupt):
-        evaluate.sample_to_folder(sampler(calls, stop=8), tmp_path, 11, about=ABOUT, shard=4)
-    files = evaluate.sample_to_folder(sampler(calls), tmp_path, 11, about=ABOUT, shard=4)
+        files.sample_to_folder(sampler(calls, stop=8), tmp_path, 11, about=ABOUT, per_file=4)
+    paths = files.sample_to_folder(sampler(calls), tmp_path, 11, about=ABOUT, per_file=4)
     assert calls == [(0, 4), (4, 4), (8, 3), (8, 3)]
-    made = read_all(compare.open_pictures(tmp_path))
+    made = read_all(pictures_of.open_pictures(tmp_path))
     np.testing.assert_array_equal(made, images.to_uint8(sampler([])(0, 11)))
-    assert [file.name for file in files] == [f"samples_{i:08d}.npz" for i in (0, 4, 8)]
+    assert [file.name for file in paths] == [f"samples_{i:08d}.npz" for i in (0, 4, 8)]
     # More pictures, and fewer.
     del calls[:]
-    evaluate.sample_to_folder(sampler(calls), tmp_path, 15, about=ABOUT, shard=4, labels=np.arange(15))
+    files.sample_to_folder(sampler(calls), tmp_path, 15, about=ABOUT, per_file=4, labels=np.arange(15))
     assert calls == [(8, 4), (12, 3)]
-    np.testing.assert_array_equal(read_all(compare.open_pictures(tmp_path)), images.to_uint8(sampler([])(0, 15)))
+    np.testing.assert_array_equal(read_all(pictures_of.open_pictures(tmp_path)), images.to_uint8(sampler([])(0, 15)))
     with np.load(tmp_path / "samples_00000012.npz") as file:
         np.testing.assert_array_equal(file["arr_1"], [12, 13, 14])
-    assert len(evaluate.sample_to_folder(sampler(calls), tmp_path, 6, about=ABOUT, shard=4)) == 2 and len(calls) == 2
+    assert len(files.sample_to_folder(sampler(calls), tmp_path, 6, about=ABOUT, per_file=4)) == 2 and len(calls) == 2
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
-    evaluate.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, shard=4)
+    files.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, per_file=4)
     for other, match in (({**ABOUT, "guidance": 2}, "guidance 1.5, not 2"), ({"seed": 1}, "guidance 1.5, not None")):
         with pytest.raises(UserError, match=f"holds samples of {match}"):
-            evaluate.sample_to_folder(sampler([]), tmp_path, 4, about=other, shard=4)
-    with pytest.raises(UserError, match="shard 4, not 5"):
-        evaluate.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, shard=5)
+            files.sample_to_folder(sampler([]), tmp_path, 4, about=other, per_file=4)
+    with pytest.raises(UserError, match="per_file 4, not 5"):
+        files.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, per_file=5)
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(UserError, match="cannot read what the samples are"):
-        evaluate.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, shard=4)
+        files.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, per_file=4)
 
 
 def test_a_sample_that_is_not_finite_is_not_written(tmp_path):
@@ -448,7 +453,7 @@ def test_a_sample_that_is_not_finite_is_not_written(tmp_path):
         return np.where(np.arange(first, first + count)[:, None, None, None] == 6, np.nan, np.zeros((count, 6, 6, 3)))
 
     with pytest.raises(RunError, match="sample 6 is not finite"):
-        evaluate.sample_to_folder(sample, tmp_path, 12, about=ABOUT, shard=4)
+        files.sample_to_folder(sample, tmp_path, 12, about=ABOUT, per_file=4)
     assert [path.name for path in tmp_path.glob("*.npz")] == ["samples_00000000.npz"]
 
 
@@ -456,47 +461,45 @@ def test_a_sample_that_is_not_finite_is_not_written(tmp_path):
 
 
 def untrained(config, workdir):
-    """A workdir with the initial parameters of a config's sections; returns them."""
-    plain = configs.to_dict(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(plain))
-    params = {}
-    for name in configs.trained_sections(plain):
-        model = stages.build(plain, name)
-        params[name] = jax.jit(lambda key, model=model: stages.init_params(model, key))(jax.random.key(0))
-        ema = {str(decay): params[name] for decay in plain[name]["train"]["ema"]}
-        with checkpoint.Checkpoints(workdir / name / "checkpoints") as checkpoints:
-            checkpoints.save(6, {"params": params[name]}, ema=ema, meta={"stage": plain[name], "seed": 0})
+    """A workdir with the initial parameters of a config's sections; returns the models and parameters."""
+    system, params = System(config), {}
+    for name in system.trained:
+        model = system.model(name)
+        params[name] = jax.jit(model.init)(jax.random.key(0))
+        ema = {str(decay): params[name] for decay in config[name].train.ema}
+        workdirs.write_config(config, name, workdir)
+        meta = {"section": configs.to_dict(config)[name], "identity": {}, "seed": 0}
+        with Checkpoints(workdir / name / "checkpoints") as checkpoints:
+            checkpoints.save(6, {"params": params[name]}, ema=ema, meta=meta)
             checkpoints.wait()
-    return params
+    return system, params
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """(a workdir with a small CLIP, its section, the model, its parameters)."""
+    """(a workdir with a small CLIP, the model, its parameters)."""
     workdir = tmp_path_factory.mktemp("clip")
-    config = configs.config_defaults("small", stages=("clip",))
+    config = configs.new("small", stages=("clip",), model="clip")
     section = config.clip
-    section.shape, section.takes = (SIDE, SIDE, 3), ("text",)
-    section.text.update(tokenizer="demo", length=8)
-    section.net.update(name="clip", features=6)
-    section.net.image.update(width=8, layers=1, heads=2, patch=7, noised=False)
+    section.shape, section.noised = (SIDE, SIDE, 3), False
+    section.tokenizer = spec("tokenizer", "demo", length=8)
+    section.net.features = 6
+    section.net.image.update(width=8, layers=1, heads=2, patch=7)
     section.net.text.update(width=8, layers=1, heads=2)
-    configs.validate(config)
-    params = untrained(config, workdir)["clip"]
-    plain = configs.to_dict(config)
-    return workdir, plain["clip"], stages.build_clip(plain, "clip"), params
+    configs.check(config)
+    system, params = untrained(config, workdir)
+    return workdir, system.model("clip"), params["clip"]
 
 
 def test_the_clip_score_of_pictures_and_their_captions(clip, tmp_path, capsys):
     """Picture i against caption i, in turn, whatever the batches; wide pictures are cut to their middle."""
-    workdir, section, model, params = clip
+    workdir, model, params = clip
     made, prompts = pictures(7), ["a red circle", "a blue square", "two things"]
     wide = np.concatenate([pictures(7, seed=1)[:, :, :2], made, pictures(7, seed=2)[:, :, :2]], 2)
     a = write_folder(tmp_path / "a", wide)
     (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
     floats = 2 * made.astype(np.float64) / 255 - 1
-    network, ids = model.net, pipeline.text_tokenizer(section)(prompts)
+    network, ids = model.net, model.tokenizer(prompts)
     image, text, _ = jax.jit(network.apply)({"params": params}, floats.astype(np.float32), ids[np.arange(7) % 3])
     image, text = (np.asarray(x, np.float64) for x in (image, text))
     want = 100 * np.mean([i @ t / np.sqrt((i @ i) * (t @ t)) for i, t in zip(image, text, strict=True)])
@@ -529,13 +532,12 @@ def test_captions_and_clips_that_are_not_there(clip, tmp_path):
         (tmp_path / "gone", "cannot read the prompt"),
     ):
         with pytest.raises(UserError, match=match):
-            compare.read_prompts(path)
-    config = configs.to_dict(configs.load("quickstart"))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+            read_prompts(path)
+    workdirs.write_config(configs.load("quickstart"), "base", tmp_path)
     with pytest.raises(
         UserError, match="no CLIP of clean pictures; .*; convert one: python -m diffax.weights ViT-B-16"
     ):
-        compare.clip_scorer(tmp_path, batch_size=4)
+        clip_score.clip_scorer(tmp_path, batch_size=4)
 
 
 # ---- the numbers of papers by --mode=evaluate -----------------------------------------------------------------------
@@ -550,34 +552,34 @@ def known_weights(monkeypatch):
         seen.append(found.count)
         return statistics_of_all(found, extract, batch_size=batch_size)
 
-    statistics_of_all = compare.inception_statistics
+    statistics_of_all = features.inception_statistics
     monkeypatch.setattr(weights, "load", lambda path: ({"of": path}, "f" * 64))
-    monkeypatch.setattr(compare, "inception_extractor", lambda params: extract)
-    monkeypatch.setattr(compare, "inception_statistics", measured)
+    monkeypatch.setattr(features, "inception_extractor", lambda params: extract)
+    monkeypatch.setattr(features, "inception_statistics", measured)
     return seen
 
 
 def rows_of(tmp_path, reference, *, inception="w.pb", chosen=({},), side=SIDE):
-    """What `evaluate.compared` yields of 9 samples of a choice; and the choices that were sampled."""
+    """What `compared` yields of 9 samples of a choice; and the choices that were sampled."""
     made = []
 
     def make(folder, choice):
         made.append(dict(choice))
         values = pictures(9, seed=10 + len(made), side=side)
         values = (values.astype(np.float32) + 0.5) / 127.5 - 1  # well inside what becomes that byte
-        evaluate.sample_to_folder(lambda first, count: values[first : first + count], folder, 9, about=choice)
+        files.sample_to_folder(lambda first, count: values[first : first + count], folder, 9, about=choice)
 
     section = configs.to_dict(configs.load("quickstart"))["base"] | {"shape": [side, side, 3]}
     options = dict(reference=str(reference), section=section, inception=inception, batch_size=4)
-    found = evaluate.compared(make, chosen, tmp_path / "run", **options)
+    found = reference_of.compared(make, chosen, tmp_path / "run", **options)
     return found, made
 
 
 def test_samples_of_every_choice_beside_one_reference(tmp_path, known_weights):
     reference = write_folder(tmp_path / "real", pictures(12))
-    chosen = evaluate.choices({"guidance": [1.0, 3.0], "samplers": [], "steps": ["5"]})
+    chosen = reference_of.choices({"guidance": [1.0, 3.0], "samplers": [], "steps": ["5"]})
     assert chosen == [{"guidance": 1.0, "steps": "5"}, {"guidance": 3.0, "steps": "5"}]
-    assert evaluate.choices({"guidance": [], "samplers": [], "steps": []}) == [{}]
+    assert reference_of.choices({"guidance": [], "samplers": [], "steps": []}) == [{}]
     found, made = rows_of(tmp_path, reference, chosen=chosen)
     (first, about), (second, _) = found
     assert made == chosen and known_weights == [12, 9, 9]
