@@ -212,7 +212,7 @@ def modelled(args: argparse.Namespace, overhead: float, per_parameter: float) ->
 
 def panels(rows: Sequence[Mapping[str, Any]], slices: Sequence[Mapping[str, Any]]) -> list:
     """What is drawn: measured overheads, and the modelled slice."""
-    from diffax.data import images
+    from diffax.data import plots
 
     def curve(kind: str, column: str, processes: int) -> tuple[list[int], list[float]]:
         chosen = [row for row in rows if row["kind"] == kind and row["processes"] == processes]
@@ -225,16 +225,16 @@ def panels(rows: Sequence[Mapping[str, Any]], slices: Sequence[Mapping[str, Any]
     }
     efficiency = [row["chips"] for row in slices], [float(row["efficiency"].rstrip("%")) for row in slices]
     return [
-        images.Panel("virtual devices", "overhead, %", measured),
-        images.Panel("chips of TPU v5e, modelled", "efficiency, %", {"no overlap": efficiency}),
+        plots.Panel("virtual devices", "overhead, %", measured),
+        plots.Panel("chips of TPU v5e, modelled", "efficiency, %", {"no overlap": efficiency}),
     ]
 
 
 def report(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Measures, writes and prints."""
     from diffax import config as configs
-    from diffax.data import images
-    from diffax.evaluation import evaluate
+    from diffax.data import plots
+    from diffax.evaluation.report import write_report
     from diffax.tools import benchmark
 
     configs.load(args.model)  # a wrong name is told of before anything is measured
@@ -258,11 +258,11 @@ def report(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     header = benchmark.machine() | {"batch": args.batch, "parameters": own["parameters"], "command": sys.argv[1:]}
     header |= {"seconds": {str(key): seconds for key, seconds in found.items()}}
     header |= {"sent": {str(key): fact["sent"] for key, fact in facts.items()}}
-    print(evaluate.write_report(folder, rows, header, name="scaling"))
+    print(write_report(folder, rows, header, name="scaling"))
     print(benchmark.caption(header | {"peers": {}, "peak": None}))
-    print(evaluate.write_report(folder, slices, said, name="slice"))
+    print(write_report(folder, slices, said, name="slice"))
     print(f"\n{json.dumps(said)}\nplot: {folder / 'scaling.png'}")
-    images.line_plots(folder / "scaling.png", panels(rows, slices))
+    plots.line_plots(folder / "scaling.png", panels(rows, slices))
 
 
 def numbers(text: str) -> list[int]:

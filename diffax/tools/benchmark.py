@@ -35,7 +35,7 @@ from PIL import Image
 from diffax import config as configs
 from diffax import data, main, networks
 from diffax.errors import RunError, UserError
-from diffax.evaluation import evaluate
+from diffax.evaluation import report
 from diffax.models import stages
 from diffax.sampling import pipeline
 from diffax.tools import compile_ahead
@@ -633,7 +633,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         header |= {"seconds": {row["what"]: row["_seconds"] for row in rows if "_seconds" in row}}
         header |= {"peers": next((row["_peers"] for row in rows if row.get("_peers")), {}), "command": argv}
         header |= {"peak": next((row["_peak"] for row in rows if "_peak" in row), None)}
-        print(evaluate.write_report(pathlib.Path(args.output), rows, header, name="benchmark"))
+        print(report.write_report(pathlib.Path(args.output), rows, header, name="benchmark"))
         print(caption(header))
         return 0
     except UserError as error:
