@@ -366,7 +366,7 @@ def test_the_command_prints_the_numbers_of_papers(tmp_path, capsys, monkeypatch)
     [
         (["A"], "required: B, or --clip and --prompts"),
         (["A", "--clip=C"], "--clip and --prompts go together"),
-        (["A", "--clip=C", "--prompts=P"], "there is no trained model; C has no config.json"),
+        (["A", "--clip=C", "--prompts=P"], "there is no trained model; C has no folder with a config.json"),
         (["A", "B", "--features=clip"], "unknown --features=clip"),
         (["A", "B", "--num=2"], "at least 1 and 4"),
         (["A", "B", "--num=x"], "invalid int"),
@@ -441,7 +441,7 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path):
     for other, match in (({**ABOUT, "guidance": 2}, "guidance 1.5, not 2"), ({"seed": 1}, "guidance 1.5, not None")):
         with pytest.raises(UserError, match=f"holds samples of {match}"):
             files.sample_to_folder(sampler([]), tmp_path, 4, about=other, per_file=4)
-    with pytest.raises(UserError, match="per_file 4, not 5"):
+    with pytest.raises(UserError, match="shard 4, not 5"):
         files.sample_to_folder(sampler([]), tmp_path, 4, about=ABOUT, per_file=5)
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(UserError, match="cannot read what the samples are"):
