@@ -81,13 +81,8 @@ def encode(
             "times larger"
         )
     embedding = decoder.embed(image, batch_size=batch_size)
-    noise = decoder.invert(
-        grids.smaller(image, factor),
-        image_embedding=embedding,
-        steps=steps,
-        batch_size=batch_size,
-        **_caption(decoder, prompt),
-    )
+    how = {"image_embedding": embedding, "steps": steps, "batch_size": batch_size, **_caption(decoder, prompt)}
+    noise = decoder.invert(grids.smaller(image, factor), **how)
     return Latents(embedding, noise)
 
 
@@ -141,11 +136,13 @@ def _caption(decoder: SampleFn, prompt: str | Sequence[str]) -> dict[str, str | 
 
 
 def slerp(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """sin((1 - w) O) / sin O first + sin(w O) / sin O second, with O the angle between the two (spherical
-    interpolation; DALL-E 2, section 3). Arrays that are nearly parallel are mixed linearly.
+    """Spherical interpolation (DALL-E 2, section 3): sin((1 - w) O) / sin O first + sin(w O) / sin O second.
+
+    O is the angle between the two. Arrays that are nearly parallel are mixed linearly.
 
     Args:
-      first: [...], taken as one vector; second: of the same shape.
+      first: [...], taken as one vector.
+      second: of the same shape.
       weights: [N], 0 for the first and 1 for the second.
 
     Returns:
@@ -164,6 +161,11 @@ def slerp(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndar
 
 def slerp_embeddings(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Embeddings on the way from one to another, [E] each: slerp of their directions; lengths are mixed linearly.
+
+    Args:
+      first: [E].
+      second: [E].
+      weights: [N], 0 for the first and 1 for the second.
 
     Returns:
       [N, E] float32.
@@ -194,7 +196,10 @@ def variations(
       n: how many.
       seed: of what differs.
       eta: of DDIM: 0 gives the picture back, larger ones go further.
-      prompt, guidance, steps, batch_size: see `decode`.
+      prompt: see `decode`.
+      guidance: see `decode`.
+      steps: see `decode`.
+      batch_size: see `decode`.
 
     Returns:
       [n, H, W, C].
@@ -220,7 +225,8 @@ def interpolations(
 
     Args:
       sample_fn: a system whose decoder is conditioned on image embeddings.
-      first: [h, w, C], see `encode`; second: the same.
+      first: [h, w, C], see `encode`.
+      second: the same.
       weights: N shares of the second picture, such as np.linspace(0, 1, 8).
       between_noise: whether the noise goes from that of the one to that of the other, so that both ends are the two
         pictures; otherwise one drawn from `seed` serves all.
@@ -234,11 +240,10 @@ def interpolations(
     prompt = call.get("prompt", "")
     ends = [encode(sample_fn, image, prompt=prompt, steps=steps) for image in (first, second)]
     embedding = slerp_embeddings(ends[0].embedding[0], ends[1].embedding[0], weights)
-    noise = (
-        slerp(ends[0].noise[0], ends[1].noise[0], weights)
-        if between_noise
-        else _one_noise(sample_fn, len(embedding), seed)
-    )
+    if between_noise:
+        noise = slerp(ends[0].noise[0], ends[1].noise[0], weights)
+    else:
+        noise = _one_noise(sample_fn, len(embedding), seed)
     return decode(sample_fn, Latents(embedding, noise), seed=seed, steps=steps, **call)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from diffax import config as configs
+from diffax.components import spec
 from diffax.weights import clip
 from diffax.weights.architecture import Architecture
 from diffax.weights.families import FAMILIES, HO, named_config, table_of
@@ -71,7 +72,8 @@ def clip_config(name: str, architecture: Architecture) -> dict[str, Any]:
     """
     config = configs.new(name, stages=())
     config.stages = ("clip",)
-    configs.add_section(config, "clip", architecture.section)
+    section = configs.add_section(config, "clip", architecture.section)
+    section.tokenizer = spec("tokenizer", "clip", length=section.tokenizer.length)
     config.eval.num = 0
     configs.check(config)
     return configs.to_dict(config)

@@ -277,18 +277,18 @@ def from_glide(
 
 
 def _architecture(
-    size: int, *, features: int, activation: str, image: Mapping, text: Mapping, times: int = 0, ids: str = "clip"
+    size: int, *, features: int, activation: str, image: Mapping, text: Mapping, times: int = 0
 ) -> Architecture:
     """The architecture of a CLIP of `size` x `size` pictures.
 
     Args:
       size, features, activation, image, text: see `networks.clip`; `text` has the length of captions too.
       times: steps of the noise schedule; 0: a CLIP of clean pictures.
-      ids: the tokenizer, a component.
     """
     text = dict(text)
     section = configs.section("clip", shape=(size, size, 3), noised=times > 0)
-    section.tokenizer = spec("tokenizer", ids, length=text.pop("length"))
+    # the sizes alone: a config of it has the tokenizer itself, see `catalogue.clip_config`
+    section.tokenizer = spec("tokenizer", IDS, length=text.pop("length"), vocab_size=text["vocab_size"])
     section.net.update(features=features, activation=activation)
     section.net.image.update(image)
     section.net.text.update(text)
@@ -322,7 +322,7 @@ def glide_config(config: Mapping) -> Architecture:
         options = _pick("GLIDE's CLIP", config, names | {"head": f"n_head_state_{tower}"})
         towers[tower] = options | {"width": options.pop("head") * options["heads"]}
     times = towers["image"].pop("times")
-    return _architecture(**shared, activation="gelu", **towers, times=times, ids=IDS)
+    return _architecture(**shared, activation="gelu", **towers, times=times)
 
 
 def transformers_config(config: Mapping) -> Architecture:

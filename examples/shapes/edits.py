@@ -333,7 +333,9 @@ def interpolate(bench: Bench) -> list[dict]:
     first = np.flatnonzero(differ)[:pairs]
     at, after = (latents.encode(sample_fn, of["image"][i], batch_size=args.batch) for i in (first, first + 1))
     between = latents.Latents(
-        np.concatenate([latents.slerp_embeddings(*ends, weights) for ends in zip(at.embedding, after.embedding, strict=True)]),
+        np.concatenate(
+            [latents.slerp_embeddings(*ends, weights) for ends in zip(at.embedding, after.embedding, strict=True)]
+        ),
         np.concatenate([latents.slerp(*ends, weights) for ends in zip(at.noise, after.noise, strict=True)]),
     )
     made = latents.decode(sample_fn, between, batch_size=args.batch)

@@ -1,6 +1,6 @@
 """The evaluation classifier of captioned shapes: whether samples show what their captions say.
 
-    config.eval.classifier = spec("evaluation", "examples.shapes.evaluation:captions")
+config.eval.classifier = spec("evaluation", "examples.shapes.evaluation:captions")
 """
 
 import dataclasses
@@ -9,12 +9,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from diffax.components import In
+from diffax.components import In, build
 from diffax.data.pipeline import Column, examples
 from diffax.diffusion import augment
 from diffax.errors import UserError
 from diffax.evaluation import metrics
-from diffax.evaluation.classifiers import open_data, train_reader
 from diffax.sampling.grids import held_out_examples
 from examples.shapes.data import ATTRIBUTES, described
 
@@ -95,6 +94,8 @@ class Captions:
         Raises:
           UserError: the data are no shapes.
         """
+        from diffax.evaluation.classifiers import train_reader  # it brings the training loop
+
         if section["data"]["name"] != DATA:
             raise UserError(
                 f"'captions' reads the data {DATA}, not {section['data']['name']!r}; eval.classifier; choose "
@@ -143,5 +144,5 @@ def held_out_captions(section: Mapping[str, Any], shape: Sequence[int], limit: i
     if not section["data"]["holdout"]:
         return []
     held_out = {**section, "data": {**section["data"], "split": "holdout"}}
-    source = open_data(held_out, shape)
+    source = build(held_out["data"], "data").open(tuple(shape))
     return list(examples(source, section["loader"], shape=shape, limit=limit, columns=CAPTION)["caption"])

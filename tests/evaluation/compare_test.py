@@ -366,7 +366,7 @@ def test_the_command_prints_the_numbers_of_papers(tmp_path, capsys, monkeypatch)
     [
         (["A"], "required: B, or --clip and --prompts"),
         (["A", "--clip=C"], "--clip and --prompts go together"),
-        (["A", "--clip=C", "--prompts=P"], "there is no trained model; C has no folder with a config.json"),
+        (["A", "--clip=C", "--prompts=P"], "there is no trained model; C has no folder"),
         (["A", "B", "--features=clip"], "unknown --features=clip"),
         (["A", "B", "--num=2"], "at least 1 and 4"),
         (["A", "B", "--num=x"], "invalid int"),

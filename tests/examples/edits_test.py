@@ -1,4 +1,4 @@
-"""The scores of edits: what is seen without a network, and every section on micro models with a classifier that knows all."""
+"""The scores of edits: what is seen without a network, and every section on micro models."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_where_a_curve_reaches_a_level():
 
 
 class Known:
-    """A classifier that knows the pictures it was shown, and takes all others for a small red circle at the top left."""
+    """It knows the pictures it was shown, and takes all others for a small red circle at the top left."""
 
     accuracies = dict.fromkeys(edits.SAID, 1.0)
 
@@ -117,7 +117,8 @@ def of_shapes(sample_fn, *names):
 @pytest.fixture(scope="module")
 def systems():
     return {
-        "glide": of_shapes(untrained.glide(), "base"),
+        "glide": of_shapes(untrained.glide(inpaint=False), "base"),
+        "inpaint": of_shapes(untrained.glide(), "base"),
         "unclip": of_shapes(untrained.unclip(), "prior", "decoder"),
     }
 
@@ -145,9 +146,9 @@ def run(systems, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_scores_of_glide(run, tmp_path, capsys):
-    found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=glide")
+    found = run("inpaint,image_to_image", "--glide=glide", "--inpaint=inpaint")
     rows = {row["pictures"]: row for row in found["inpaint"]}
-    assert [rows[name]["method"] for name in rows] == ["", "replacement", "replacement"]
+    assert [rows[name]["method"] for name in rows] == ["", "trained to fill", "replacement"]
     assert all(row["known pixels changed"] == 0 and row["count"] == 8 for row in rows.values())
     assert rows["untouched"]["all"] == 0 and rows["untouched"]["still the old"] == 1
     assert rows["glide"]["still the old"] < 1

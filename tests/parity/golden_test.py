@@ -34,6 +34,8 @@ def test_golden(name, record_property):
     try:
         got = RUNNERS[kind](meta, inputs, golden.parameters(meta))
     except NotImplementedError as missing:
+        # a case of our own is covered, or else something has been lost; vocabularies are not in the repository
+        assert golden.FOLDER.resolve() != golden.OWN or "DIFFAX_VOCAB" in str(missing), f"{name}: {missing}"
         pytest.skip(f"not covered: {name}: {missing}")
     masks = clip.MASKS[kind](inputs, outputs) if kind in clip.MASKS else {}
     failures, worst = [], 0.0

@@ -26,12 +26,22 @@ def unclip() -> SampleFn:
     """A CLIP, a prior and a decoder."""
     config = systems.dalle2().config.copy_and_resolve_references()
     config.prior.variance, config.decoder.predicts = "fixed_small", "v"
+    tokenizers = (
+        config.clip.tokenizer,
+        config.prior.conditions.tokens.tokenizer,
+        config.decoder.conditions.text.tokenizer,
+    )
+    for tokenizer in tokenizers:
+        tokenizer.length = 12  # of the longest captions of shapes
     whole = sample_fn(System(config))
     return dataclasses.replace(whole, models=whole.models[:2])
 
 
 @functools.cache
-def glide() -> SampleFn:
-    """A model of captioned pictures that also fills them in."""
-    whole = sample_fn(systems.glide())
+def glide(inpaint: bool = True) -> SampleFn:
+    """A model of captioned pictures; with `inpaint` one that also fills them in."""
+    config = systems.glide().config.copy_and_resolve_references()
+    if not inpaint:
+        del config.base.conditions["inpaint"], config.base.guidance["insert_known"]
+    whole = sample_fn(System(config))
     return dataclasses.replace(whole, models=whole.models[:1])
