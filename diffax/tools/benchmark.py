@@ -34,7 +34,7 @@ from diffax.components import closest
 from diffax.errors import RunError, UserError
 from diffax.evaluation import report
 from diffax.models.system import System
-from diffax.tools.compile_ahead import CHIPS
+from diffax.tools.compile_ahead.roofline import CHIPS
 from diffax.tools.measured import benchmark_config, prepare, prepare_train, repeated
 from diffax.tools.peers import PEERS, WITHOUT_PEER, Process, peer_command, start_peer
 from diffax.training import cpu_flags, parallel
