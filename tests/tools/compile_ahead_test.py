@@ -241,7 +241,7 @@ def compile_micro(workdir, *more):
     return main.run(flags(workdir, "--mode=compile", *more))
 
 
-def reports(workdir):
+def written(workdir):
     return [json.loads(path.read_text()) for path in sorted((workdir / "ahead").glob("*.json"))]
 
 
@@ -252,7 +252,7 @@ def test_train_step_and_sampler_are_compiled_and_remembered(tmp_path, capsys, mo
         "the train step of quickstart.base for 4 x cpu, pmap, batch 8" in said
         and "the sampler of quickstart.base" in said
     )
-    sample, train_ = reports(tmp_path)
+    sample, train_ = written(tmp_path)
     assert (train_["program"], sample["program"]) == ("train", "sample")
     for found in (train_, sample):
         assert found["fits"] is None and "seconds" not in found, "nobody says what a CPU can do"
@@ -281,7 +281,7 @@ def test_a_program_that_does_not_fit_gets_what_would_make_it_fit(tmp_path, capsy
     said = capsys.readouterr().out
     assert "does not fit: 2.0 MiB of 1.5 MiB on each device" in said
     assert "--config.base.net.remat=blocks" in said
-    (found,) = reports(tmp_path)
+    (found,) = written(tmp_path)
     # of what the gradient keeps, by tracing it: inputs of blocks alone, and the same in half as many bytes
     shares = found["savings"]
     assert 0.05 < shares["remat"] < 0.5 and 0.4 < shares["bfloat16"] < 1 and shares["fsdp"] == 1
