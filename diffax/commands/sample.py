@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from diffax import components
 from diffax.commands import Job
 from diffax.commands.trained import class_names, load_trained, output_of, prompts_of
-from diffax.components import RUNTIME
 from diffax.data import image_ops, images
 from diffax.errors import UserError
+from diffax.evaluation.reference import sample_many
 from diffax.sampling import grids
 from diffax.sampling.enlarge import enlarge
 from diffax.sampling.sample_fn import SampleFn
@@ -109,52 +108,11 @@ def write_samples(
     return {**given, "made": made}
 
 
-def sample_many(
-    job: Job, sample_fn: SampleFn, prompts: Sequence[str], folder: pathlib.Path, choice: Mapping[str, Any]
-) -> list[pathlib.Path]:
-    """Samples into files of a folder; makes those that are missing.
-
-    Args:
-      job: the job.
-      sample_fn: the trained model.
-      prompts: of the pictures, in turn; empty for those of the config.
-      folder: of the files.
-      choice: arguments of a call in place of the config's, such as steps.
-
-    Returns:
-      The files, in order.
-    """
-    from diffax.sampling.files import sample_to_folder
-
-    c = job.config["sample"]
-    num = max(c["num"], len(prompts))
-    given = grids.conditions_for(sample_fn, num, prompts)
-
-    def sample(first: int, count: int) -> np.ndarray:
-        some = {name: values[first : first + count] for name, values in given.items()}
-        return sample_fn(c["seed"], count, first=first, batch_size=c["batch_size"], **some, **choice)
-
-    which = {"training_step": dict(sample_fn.step), "ema": job.args.ema, "raw": job.args.raw}
-    about = {"seed": c["seed"], **which, "stages": choices_of(sample_fn), "prompts": list(prompts), **choice}
-    mine = {"process_index": processes.process_index(), "process_count": processes.process_count()}
-    return sample_to_folder(sample, folder, num, about=about, labels=given.get("label"), **mine)
-
-
-def choices_of(sample_fn: SampleFn) -> dict[str, dict[str, Any]]:
-    """{stage: the fields of its section that sampling depends on and training does not, such as steps and guidance}."""
-    found = {}
-    for model in sample_fn.models:
-        section = sample_fn.config[model.name]
-        fields = components.schema(components.find("model", section["name"]))
-        chosen = [name for name, field in fields.items() if RUNTIME in field.marks]
-        found[model.name] = {name: section[name] for name in (*chosen, "conditions") if name in section}
-    return found
-
-
 def save_many(job: Job, sample_fn: SampleFn, path: pathlib.Path, prompts: Sequence[str]) -> None:
     """Samples into files of WORKDIR/samples, for `python -m diffax.evaluation`; draws the first ones."""
     folder, columns = job.workdir / "samples", job.config["sample"]["columns"]
-    files = sample_many(job, sample_fn, prompts, folder, {})
+    about = {"ema": job.args.ema, "raw": job.args.raw}
+    files = sample_many(sample_fn, folder, prompts=prompts, about=about)
     if not processes.is_primary():
         return
     with np.load(files[0], allow_pickle=False) as file:

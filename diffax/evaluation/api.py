@@ -1,18 +1,25 @@
 """Scoring a trained workdir: `rows = diffax.evaluate('runs/quickstart')`."""
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from diffax import components
 from diffax import config as configs
 from diffax.data import plots
+from diffax.errors import UserError
+from diffax.evaluation import reference as references
 from diffax.evaluation import report, scores
+from diffax.evaluation.settings import evaluate as fields_of_eval
 from diffax.models.system import System
 from diffax.sampling import grids
-from diffax.sampling.load import load_workdir
+from diffax.sampling.load import load_workdir, with_embedding_statistics
 from diffax.sampling.sample_fn import SampleFn
-from diffax.training import processes
+from diffax.training import cpu_flags, processes
 from diffax.training import workdir as workdirs
 
 Row = dict[str, Any]
@@ -21,30 +28,42 @@ OnRow = Callable[[Row], None]
 
 def evaluate(
     source: str | os.PathLike[str] | SampleFn,
+    reference: str | os.PathLike[str] | None = None,
     *,
     config: Mapping[str, Any] | None = None,
     step: int | None = None,
     decay: str | None = None,
     raw: bool = False,
+    inception: str | None = None,
+    prompts: Sequence[str] = (),
     on_row: OnRow | None = None,
+    **settings: Any,
 ) -> list[Row]:
     """Scores a trained model as the `eval` section of its config says.
 
     Args:
       source: a workdir, into which reports and pictures are written; or a `SampleFn`, of which nothing is written.
+      reference: real pictures or their statistics, as `python -m diffax.evaluation` reads them, or 'data', those of the
+        training: `sample.num` samples are compared with them by the numbers of papers, and nothing else is scored.
       config: use this config in place of the workdir's.
       step: a training step, by default the newest intact one.
       decay: which average of the parameters, by default the first configured one.
       raw: the parameters in training instead of an average.
+      inception: beside a reference: weights of the FID's network, or 'fetch'; without them the Frechet distance of
+        patches is computed.
+      prompts: beside a reference: captions of the samples, in turn.
       on_row: called with every row as soon as it is known.
+      **settings: fields of `config.eval` in place of the config's, such as num=500, guidance=(1, 2) or
+        classifier=spec("evaluation", "network").
 
     Returns:
       The rows: of the samples, and before them of each stage that enlarges, each classifier and each CLIP, which have a
       'section'. Entries that begin with '_' are pictures and curves.
 
     Raises:
-      UserError: there is no trained model, or the data do not fit it.
+      UserError: there is no trained model, the data do not fit it, or a setting is wrong.
     """
+    cpu_flags.set_cpu_flags()
     rows: list[Row] = []
 
     def keep(row: Row) -> None:
@@ -52,24 +71,104 @@ def evaluate(
         if on_row is not None:
             on_row(row)
 
+    how = {"step": step, "decay": decay, "raw": raw}
+    beside = {"inception": inception, "prompts": prompts, "about": {"ema": decay, "raw": raw}, "keep": keep}
     if not isinstance(source, str | os.PathLike):
-        for row in scores.scores(source, source.config["eval"]):
-            keep(row)
+        sample_fn = dataclasses.replace(source, config=with_settings(source.config, settings))
+        if reference is None:
+            for row in scores.scores(sample_fn, sample_fn.config["eval"]):
+                keep(row)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                compared(sample_fn, reference, pathlib.Path(folder), **beside)
         return rows
     workdir = pathlib.Path(source)
-    whole = configs.from_dict(configs.to_dict(workdirs.read_config(workdir) if config is None else config))
-    how = {"step": step, "decay": decay, "raw": raw}
-    system = System(whole)
-    names = workdirs.class_names(whole, workdir, system.trained)
+    plain = with_settings(workdirs.read_config(workdir) if config is None else config, settings)
+    whole = configs.from_dict(with_embedding_statistics(plain, workdir))
+    if reference is None:
+        _of_workdir(System(whole), workdir, how, keep)
+    else:
+        compared(load_workdir(whole, workdir, **how), reference, workdir, **beside)
+    return rows
+
+
+def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain data, with other values of fields of its `eval`.
+
+    Raises:
+      UserError: there is no such field, or the value does not fit the models.
+    """
+    plain = configs.to_dict(config)
+    if not settings:
+        return plain
+    made = components.complete(components.schema(fields_of_eval), {**plain["eval"], **settings}, "config.eval")
+    plain["eval"] = configs.to_dict(made)
+    configs.check(configs.from_dict(plain))
+    return plain
+
+
+def _of_workdir(system: System, workdir: pathlib.Path, how: Mapping[str, Any], keep: OnRow) -> None:
+    """Scores everything that is trained in a workdir."""
+    names = workdirs.class_names(system.config, workdir, system.trained)
     for row in _of_guides(system, workdir, names, how):
         keep(row)
     if any(len(model.shape) == 3 for model in system.generators):
-        sample_fn = load_workdir(whole, workdir, **how)
+        sample_fn = load_workdir(system.config, workdir, **how)
         for row in _of_enlargements(sample_fn, workdir):
             keep(row)
         if not sample_fn.enlarges:
             _of_samples(sample_fn, workdir, names, keep)
-    return rows
+
+
+def compared(
+    sample_fn: SampleFn,
+    reference: str | os.PathLike[str],
+    folder: pathlib.Path,
+    *,
+    inception: str | None,
+    prompts: Sequence[str],
+    about: Mapping[str, Any],
+    keep: OnRow,
+) -> None:
+    """Compares `sample.num` samples of every choice with real pictures; writes comparison.json and comparison.md.
+
+    Of several processes all make samples, and process 0 compares them.
+
+    Args:
+      sample_fn: the trained model.
+      reference: see `evaluate`.
+      folder: where samples, statistics and the report go.
+      inception: see `evaluate`.
+      prompts: see `evaluate`.
+      about: what the parameters depend on besides the training step.
+      keep: called with every row.
+
+    Raises:
+      UserError: the model makes no pictures from noise alone, or there is no such reference.
+    """
+    model, settings = sample_fn.models[-1], sample_fn.config["eval"]
+    if sample_fn.enlarges or not sample_fn.makes_pictures:
+        raise UserError(
+            f"{model.name} does not make pictures from noise alone; --reference; score the samples of a whole system"
+        )
+
+    def make(where: pathlib.Path, choice: Mapping[str, Any]) -> None:
+        references.sample_many(sample_fn, where, choice, prompts=prompts, about=about)
+
+    chosen = references.choices(settings)
+    if not _primary():  # it makes its share of the samples, which process 0 waits for
+        for choice in chosen:
+            make(references.samples_folder(folder, choice), choice)
+        return
+    how = {"section": sample_fn.config[model.name], "inception": inception, "batch_size": settings["batch_size"]}
+    rows, found, notes = [], {}, []
+    for row, found in references.compared(make, chosen, folder, reference=str(reference), **how):
+        rows.append(row)
+        notes += [note for note in found["notes"] if note not in notes]
+        keep(row)
+    for note in notes:
+        print(f"diffax: note: {note}", file=sys.stderr)
+    report.write_report(folder, rows, {**header(sample_fn), **found, "notes": notes}, name="comparison")
 
 
 def _primary() -> bool:

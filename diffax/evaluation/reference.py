@@ -6,9 +6,17 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from diffax import components
+from diffax.components import RUNTIME
 from diffax.errors import UserError
 from diffax.evaluation import compare, features
 from diffax.evaluation.pictures import training_pictures
+from diffax.sampling import grids
+from diffax.sampling.files import sample_to_folder
+from diffax.sampling.sample_fn import SampleFn
+from diffax.training import processes
 from diffax.weights.inception import VARIABLE as INCEPTION
 
 
@@ -23,6 +31,51 @@ def choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     kinds = {"guidance": settings["guidance"], "sampler": settings["samplers"], "steps": settings["steps"]}
     kinds = {name: values for name, values in kinds.items() if values}
     return [dict(zip(kinds, chosen, strict=True)) for chosen in itertools.product(*kinds.values())]
+
+
+def sample_many(
+    sample_fn: SampleFn,
+    folder: pathlib.Path,
+    choice: Mapping[str, Any] = {},  # noqa: B006
+    *,
+    prompts: Sequence[str] = (),
+    about: Mapping[str, Any] = {},  # noqa: B006
+) -> list[pathlib.Path]:
+    """Samples as `config.sample` says into files of a folder; makes those that are missing.
+
+    Args:
+      sample_fn: the trained model.
+      folder: of the files.
+      choice: arguments of a call in place of the config's, such as steps.
+      prompts: of the pictures, in turn; empty for those of the config.
+      about: what the parameters depend on besides the training step.
+
+    Returns:
+      The files, in order.
+    """
+    c = sample_fn.config["sample"]
+    num = max(c["num"], len(prompts))
+    given = grids.conditions_for(sample_fn, num, prompts)
+
+    def sample(first: int, count: int) -> np.ndarray:
+        some = {name: values[first : first + count] for name, values in given.items()}
+        return sample_fn(c["seed"], count, first=first, batch_size=c["batch_size"], **some, **choice)
+
+    stated = {"seed": c["seed"], "training_step": dict(sample_fn.step), **about}
+    stated |= {"stages": sampling_fields(sample_fn), "prompts": list(prompts), **choice}
+    mine = {"process_index": processes.process_index(), "process_count": processes.process_count()}
+    return sample_to_folder(sample, folder, num, about=stated, labels=given.get("label"), **mine)
+
+
+def sampling_fields(sample_fn: SampleFn) -> dict[str, dict[str, Any]]:
+    """{stage: the fields of its section that sampling depends on and training does not, such as steps and guidance}."""
+    found = {}
+    for model in sample_fn.models:
+        section = sample_fn.config[model.name]
+        fields = components.schema(components.find("model", section["name"]))
+        chosen = [name for name, field in fields.items() if RUNTIME in field.marks]
+        found[model.name] = {name: section[name] for name in (*chosen, "conditions") if name in section}
+    return found
 
 
 def compared(

@@ -6,7 +6,6 @@ import pathlib
 import re
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import absl.logging
 
 from diffax import components
 from diffax import config as configs
-from diffax.errors import RunError, UserError
+from diffax.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, RunError, UserError, complain
 from diffax.evaluation.report import write_report
 from diffax.models.system import System
 from diffax.tools.benchmark import programs, rows
@@ -108,22 +107,14 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(rows.caption(header))
         return 0
     except UserError as error:
-        return _complain(error, 2, argv)
+        return complain(error, EXIT_USER, argv)
     except RunError as error:
-        return _complain(error, 1, argv)
+        return complain(error, EXIT_FAILED, argv)
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _show(row: Mapping[str, Any]) -> None:
     """Prints the numbers of a row as soon as it is known."""
     shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if not k.startswith("_")}
     print(shown, file=sys.stderr, flush=True)
-
-
-def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
-    """One line on stderr; the traceback with --debug."""
-    if "--debug" in argv:
-        traceback.print_exception(error)
-    print("diffax: error: " + " ".join(str(error).split()), file=sys.stderr)
-    return status

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffax import components, data
 from diffax import config as configs
+from diffax import data
 from diffax.conditions.base import zeros
 from diffax.config import spec
 from diffax.data import image_ops
@@ -62,7 +62,7 @@ def benchmark_config(overrides: Sequence[str] = ()) -> ConfigDict:
     else:
         config = configs.load("adm_imagenet_64")
         config.stages, section = ("base",), config.base
-        section.guidance = components.Fields({"clip_denoised": spec("guidance", "clip_denoised")})
+        section.guidance = configs.each("guidance", "clip_denoised")
         section.net.dtype = "bfloat16"
         section.train.batch_size = parallel.device_count() * PER_DEVICE.get(backend, 8)
     configs.override(config, overrides)
