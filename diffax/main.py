@@ -197,9 +197,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         _run(argv)
         return 0
     except UserError as error:
-        return _complain(error, EXIT_USER, argv)
+        return complain(error, EXIT_USER, argv)
     except RunError as error:
-        return _complain(error, EXIT_FAILED, argv)
+        return complain(error, EXIT_FAILED, argv)
     except Preempted as error:
         print(f"diffax: {error}", file=sys.stderr)
         return EXIT_PREEMPTED
@@ -208,7 +208,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
+def complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     """One line on stderr; the traceback with --debug."""
     if "--debug" in argv:
         traceback.print_exception(error)

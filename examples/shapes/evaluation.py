@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from diffax.components import In, build
+from diffax.components import In
 from diffax.data.pipeline import Column, examples
 from diffax.diffusion import augment
 from diffax.errors import UserError
 from diffax.evaluation import metrics
+from diffax.evaluation.classifiers import open_data, train_reader
 from diffax.sampling.grids import held_out_examples
 from examples.shapes.data import ATTRIBUTES, described
 
@@ -45,18 +46,17 @@ class FittedCaptions:
     shares = ("accuracy", "whole")
 
     def score(self, made: np.ndarray, wanted: Sequence[str], real: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """`caption_scores`, and Frechet distances to real pictures of features and of patches."""
+        """`caption_scores`, and the Frechet distance of features to real pictures."""
         found = {f"{name}_of_classifier_on_real": share for name, share in self.accuracies.items()}
         return {
             **caption_scores(self.read(made), wanted),
             "frechet_classifier": metrics.frechet_distance(self.features(made), self.features(real["image"])),
-            "frechet_patches": metrics.frechet_distance(metrics.patches(made), metrics.patches(real["image"])),
             **found,
         }
 
     def others(self, num: int) -> dict[str, list[str]]:
         """Captions of combinations that training held out, a fifth as many as those that it showed."""
-        found = self.held_out(num // 5) if num >= 5 else []
+        found = self.held_out(num // 5) if num >= 10 else []  # a Frechet distance needs two
         return {"held_out": found} if found else {}
 
 
@@ -94,8 +94,6 @@ class Captions:
         Raises:
           UserError: the data are no shapes.
         """
-        from diffax.evaluation.classifiers import train_reader  # it brings the training loop
-
         if section["data"]["name"] != DATA:
             raise UserError(
                 f"'captions' reads the data {DATA}, not {section['data']['name']!r}; eval.classifier; choose "
@@ -144,5 +142,5 @@ def held_out_captions(section: Mapping[str, Any], shape: Sequence[int], limit: i
     if not section["data"]["holdout"]:
         return []
     held_out = {**section, "data": {**section["data"], "split": "holdout"}}
-    source = build(held_out["data"], "data").open(tuple(shape))
+    source = open_data(held_out, shape)
     return list(examples(source, section["loader"], shape=shape, limit=limit, columns=CAPTION)["caption"])
