@@ -16,9 +16,16 @@ import absl.logging
 from diffax import components
 from diffax import config as configs
 from diffax.commands import Job
-from diffax.errors import Preempted, RunError, UserError
-
-EXIT_FAILED, EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+from diffax.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    Preempted,
+    RunError,
+    UserError,
+    complain,
+)
 
 # Each is a module with a function `run(job)`.
 MODES = {
@@ -206,14 +213,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffax: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def complain(error: Exception, status: int, argv: Sequence[str]) -> int:
-    """One line on stderr; the traceback with --debug."""
-    if "--debug" in argv:
-        traceback.print_exception(error)
-    print("diffax: error: " + " ".join(str(error).split()), file=sys.stderr)
-    return status
 
 
 def script() -> None:

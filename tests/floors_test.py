@@ -200,10 +200,15 @@ def functions() -> list[tuple[str, int]]:
 
 
 def test_no_file_is_long():
-    long = {
-        str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > MOST_LINES
+    """Without a reason, which stands in its docstring after 'One long file:'."""
+    texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in FILES}
+    long = {name: n for name, text in texts.items() if (n := len(text.splitlines())) > MOST_LINES}
+    without = {
+        name: n
+        for name, n in long.items()
+        if "One long file: " not in (ast.get_docstring(ast.parse(texts[name])) or "")
     }
-    assert not long, f"more than {MOST_LINES} lines: {long}"
+    assert not without, f"more than {MOST_LINES} lines: {without}"
 
 
 def test_functions_are_short():

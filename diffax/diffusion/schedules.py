@@ -6,6 +6,8 @@ an optax schedule is a function of a count. A table of betas and a closed formul
 cannot distinguish them. Training draws u; respacing, DDIM and the few-step solvers only choose other u.
 
 Tables are made on the host in float64 and cast once, by `transitions`.
+
+One long file: levels, the schedules over them and the steps through them are one subject.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ Array = jax.Array
 Params = Any
 Metrics = dict[str, tuple[Array, Array]]
 Batches = Iterator[Mapping[str, Any]]
+STATISTICS = "statistics"  # among a model's parameters: what is measured on the data, and not trained
 
 
 class Model(Protocol):

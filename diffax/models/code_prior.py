@@ -14,9 +14,8 @@ from diffax.conditions.base import Condition, drop, zeros
 from diffax.data.pipeline import Column
 from diffax.diffusion import losses
 from diffax.models import base, codes
-from diffax.models.base import Params
+from diffax.models.base import STATISTICS, Params
 from diffax.models.best_of import best_of
-from diffax.models.diffusion import STATISTICS
 from diffax.models.guidance import Guidance, as_scale, scale_of
 from diffax.models.targets import Embeddings, check_clean
 from diffax.networks.conditioned import Conditioned

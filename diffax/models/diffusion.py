@@ -19,7 +19,7 @@ from diffax.diffusion.process import diffuse, predict
 from diffax.diffusion.schedules import NoiseLevel, NoiseSchedule, Transition
 from diffax.diffusion.timesteps import TimestepSampler
 from diffax.models import analytic, base, choices
-from diffax.models.base import Params, Start
+from diffax.models.base import STATISTICS, Params, Start
 from diffax.models.best_of import best_of
 from diffax.models.guidance import Guidance, Site, as_scale, guided, scale_of
 from diffax.models.targets import Target, target_of
@@ -28,7 +28,6 @@ from diffax.networks.context import Context
 from diffax.networks.sharding import tied
 
 Array = jax.Array
-STATISTICS = "statistics"  # among a model's parameters: what is measured on the data, and not trained
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

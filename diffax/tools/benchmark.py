@@ -29,12 +29,11 @@ import jaxlib
 import numpy as np
 
 from diffax import config as configs
-from diffax import main
 from diffax.components import closest
-from diffax.errors import RunError, UserError
+from diffax.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, RunError, UserError, complain
 from diffax.evaluation import report
 from diffax.models.system import System
-from diffax.tools.compile_ahead import CHIPS
+from diffax.tools.compile_ahead.roofline import CHIPS
 from diffax.tools.measured import benchmark_config, prepare, prepare_train, repeated
 from diffax.tools.peers import PEERS, WITHOUT_PEER, Process, peer_command, start_peer
 from diffax.training import cpu_flags, parallel
@@ -330,11 +329,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(caption(header))
         return 0
     except UserError as error:
-        return main.complain(error, main.EXIT_USER, argv)
+        return complain(error, EXIT_USER, argv)
     except RunError as error:
-        return main.complain(error, main.EXIT_FAILED, argv)
+        return complain(error, EXIT_FAILED, argv)
     except KeyboardInterrupt:
-        return main.EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def caption(header: Mapping[str, Any]) -> str:

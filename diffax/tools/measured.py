@@ -22,8 +22,8 @@ from diffax.models.base import add_batch
 from diffax.models.system import System
 from diffax.sampling import grids
 from diffax.sampling.sample_fn import SampleFn
-from diffax.tools.programs import build_run
-from diffax.tools.roofline import tree_bytes
+from diffax.tools.compile_ahead.lowering import run_of as build_run
+from diffax.tools.compile_ahead.roofline import tree_bytes
 from diffax.training import checkpoints as stores
 from diffax.training import loop, parallel, processes
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import diffax
 from diffax.errors import RunError, UserError
 
 PEERS = ("diffusers", "guided-diffusion")
@@ -74,7 +73,7 @@ def peer_command(args: argparse.Namespace, peer: str, section: Mapping) -> list[
     Raises:
       UserError: there is no such program here, or it has no such network.
     """
-    script = pathlib.Path(diffax.__file__).parent.parent / "benchmarks" / "peers.py"
+    script = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "peers.py"
     if not script.exists():
         raise UserError(f"peers need a checkout of diffax; there is no {script}; run inside one")
     if shutil.which(args.peer_python) is None:

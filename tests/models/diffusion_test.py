@@ -217,10 +217,9 @@ def test_inversion_finds_the_noise_of_a_picture():
 
     errors = []
     for steps in ("5", "50"):
-        noise, back = jax.jit(lambda steps=steps: lost(steps))()
+        _, back = jax.jit(lambda steps=steps: lost(steps))()
         errors.append(float(np.abs(back - image).mean()))
     assert errors[1] < 0.3 * errors[0], errors
-    assert 0.3 < np.std(noise) < 3
     with pytest.raises(ValueError, match="one way"):
         dataclasses.replace(model, predicts="previous_x").climbing(None)
     with pytest.raises(ValueError, match="two steps"):

@@ -10,10 +10,12 @@ import pytest
 
 from diffax import config as configs
 from diffax import errors, main
-from diffax.models import stages
+from diffax.config import spec
 from diffax.tools import compile_ahead
-from diffax.training import parallel
-from tests import micro
+from diffax.tools.compile_ahead import lowering, reports, roofline
+from diffax.training import parallel, slices
+from tests.micro import flags
+from tests.models import micro, systems
 
 OUT_OF_MEMORY = (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used {} of {} hbm. "
@@ -21,19 +23,22 @@ OUT_OF_MEMORY = (
 )
 
 
-def plain(name: str, *overrides: str) -> dict:
-    return configs.to_dict(configs.load(name, [f"--config.{o}" for o in overrides]))
-
-
-MICRO = plain("quickstart", *(o.removeprefix("config.") for o in micro.OVERRIDES))
+def small_config(**net):
+    """Pictures of 8 x 8 pixels, as plain data."""
+    wide = dict(channel_mult=(1, 2), attention=(2,), groups=4)
+    label = micro.conditions(label=dict(num_classes=3))
+    config = micro.config(base=micro.section(net=micro.unet(**wide | net), conditions=label, steps="5"))
+    config.sample.batch_size = 8
+    configs.check(config)
+    return configs.to_dict(config)
 
 
 def test_roofline_is_the_slower_of_the_two():
     """5.13 TFLOP and 74.5 GB on a v5e: 26 ms of arithmetic, 91 ms of traffic."""
-    v5e = compile_ahead.CHIPS["TPU v5 lite"]
-    seconds, bound = compile_ahead.roofline(5.13e12, 74.5e9, v5e)
+    v5e = roofline.CHIPS["TPU v5 lite"]
+    seconds, bound = roofline.roofline(5.13e12, 74.5e9, v5e)
     assert bound == "memory traffic" and seconds == pytest.approx(0.090965, rel=1e-4)
-    seconds, bound = compile_ahead.roofline(5.13e12, 7.45e9, v5e)
+    seconds, bound = roofline.roofline(5.13e12, 7.45e9, v5e)
     assert bound == "arithmetic" and seconds == pytest.approx(0.026041, rel=1e-4)
 
 
@@ -47,7 +52,7 @@ def test_roofline_is_the_slower_of_the_two():
     ],
 )
 def test_topologies_are_read(name, kind, dims):
-    assert parallel.parse_topology(name) == (kind, dims)
+    assert slices.parse_topology(name) == (kind, dims)
 
 
 @pytest.mark.parametrize(
@@ -55,17 +60,17 @@ def test_topologies_are_read(name, kind, dims):
 )
 def test_other_topologies_are_refused(name):
     with pytest.raises(errors.UserError, match="--topology; kinds are v4, v5e, v5p, v6e, and it is written as"):
-        parallel.parse_topology(name)
+        slices.parse_topology(name)
 
 
 GIB = 2**30
 # 5 GiB of state and 1 of gradients on 4 devices of 16, in one microbatch of 8
-NEED = compile_ahead.Need(5 * GIB, GIB, GIB / 2, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
+NEED = roofline.Need(5 * GIB, GIB, GIB / 2, 20 * GIB, 16 * GIB, examples=8, accumulate=1, devices=4)
 
 
 def test_remedies_are_those_that_suffice_alone():
     """With gradients of two microbatches kept: 5 + 2 + 20 / 4 = 12 fits, 5 + 2 + 20 / 2 = 17 does not."""
-    found = compile_ahead.remedies(NEED, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
+    found = roofline.remedies(NEED, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
     # remat 5 + 1 + 5; bfloat16 5 + 1 + 10 just fits; fsdp 6 / 4 + 2 + 20 does not
     assert found == [{"remat": True}, {"bfloat16": True}, {"accumulate": 4}]
 
@@ -74,29 +79,29 @@ def test_remedies_are_combined_where_none_suffices():
     need = NEED._replace(state=20 * GIB, activations=24 * GIB)
     # the state alone is too large, so all have fsdp: (20 + 1) / 4 = 5.25, or 5.5 with gradients kept, and while it
     # computes 2 more, or 1 where blocks gather theirs again; with remat 6, with four microbatches 6
-    found = compile_ahead.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
+    found = roofline.remedies(need, {"remat": 0.25, "bfloat16": 0.5, "fsdp": 1.0})
     assert found == [{"remat": True, "fsdp": True}, {"fsdp": True, "accumulate": 4}]
-    assert compile_ahead.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
+    assert roofline.remedies(need._replace(limit=5 * GIB), {"remat": 0.25, "fsdp": 1.0}) == []
     # 5.25 + 1 + 6: with the whole parameters and their gradient, 2, it would not fit
     need = need._replace(limit=12.5 * GIB, examples=1)
-    assert compile_ahead.remedies(need, {"remat": 0.25, "fsdp": 1.0}) == [{"remat": True, "fsdp": True}]
+    assert roofline.remedies(need, {"remat": 0.25, "fsdp": 1.0}) == [{"remat": True, "fsdp": True}]
     # the same where it has remat already
-    assert compile_ahead.remedies(need._replace(activations=6 * GIB), {"fsdp": 1.0}) == [{"fsdp": True}]
+    assert roofline.remedies(need._replace(activations=6 * GIB), {"fsdp": 1.0}) == [{"fsdp": True}]
 
 
 def test_remedies_of_a_sampler():
-    """12 GiB of parameters and 8 of the rest, 4 samples on each of 8 devices: 14 with one each, 9.5 cut, 3.5 both."""
-    need = {"held": 12 * GIB, "rest": 8 * GIB, "samples": 4, "devices": 8, "hosts": 1, "cut": False}
-    fewer, cut = "--config.sample.batch_size=8", "--config.parallel=fsdp"
-    for limit, found in [(16, [fewer, cut]), (10, [cut]), (4, [f"{cut} {fewer}"]), (3, [])]:
-        assert compile_ahead.sample_remedies(**need, limit=limit * GIB) == found
-    need |= {"held": 1.5 * GIB, "cut": True}
-    assert compile_ahead.sample_remedies(**need, limit=4 * GIB) == [fewer]
-    assert compile_ahead.sample_remedies(**{**need, "samples": 1}, limit=9 * GIB) == []
-    one = {"held": 2.0, "rest": 2.0, "samples": 1, "limit": 3.0, "cut": False}
-    assert compile_ahead.sample_remedies(**one, devices=1, hosts=1) == []
-    assert compile_ahead.sample_remedies(**one, devices=8, hosts=4) == [cut], "the two of a host have a half each"
-    assert compile_ahead.sample_remedies(**one, devices=8, hosts=8) == []
+    """12 GiB of parameters and 8 of the rest, 4 samples on each of 8 devices: 14 with one each, 9.5 sharded, or 3.5."""
+    need = {"held": 12 * GIB, "rest": 8 * GIB, "samples": 4, "devices": 8, "hosts": 1, "sharded": False}
+    fewer, sharded = "--config.sample.batch_size=8", "--config.parallel=fsdp"
+    for limit, found in [(16, [fewer, sharded]), (10, [sharded]), (4, [f"{sharded} {fewer}"]), (3, [])]:
+        assert roofline.sample_remedies(**need, limit=limit * GIB) == found
+    need |= {"held": 1.5 * GIB, "sharded": True}
+    assert roofline.sample_remedies(**need, limit=4 * GIB) == [fewer]
+    assert roofline.sample_remedies(**{**need, "samples": 1}, limit=9 * GIB) == []
+    one = {"held": 2.0, "rest": 2.0, "samples": 1, "limit": 3.0, "sharded": False}
+    assert roofline.sample_remedies(**one, devices=1, hosts=1) == []
+    assert roofline.sample_remedies(**one, devices=8, hosts=4) == [sharded], "the two of a host have a half each"
+    assert roofline.sample_remedies(**one, devices=8, hosts=8) == []
 
 
 def test_the_largest_block():
@@ -104,22 +109,22 @@ def test_the_largest_block():
         "unet": {"a": {"w": jnp.zeros((2, 3))}, "b": {"w": jnp.zeros(5), "b": jnp.zeros(2)}},
         "text": {"c": jnp.zeros(6)},
     }
-    assert compile_ahead.largest_block(params) == 4 * 7
+    assert roofline.largest_block(params) == 4 * 7
     params = {"block_0": {"conv": {"w": jnp.zeros(3)}, "norm": {"w": jnp.zeros(1)}}, "out": {"w": jnp.zeros(3)}}
-    assert compile_ahead.largest_block(params) == 4 * 4, "of a network that is no part of another"
+    assert roofline.largest_block(params) == 4 * 4, "of a network that is no part of another"
 
 
 def test_remedies_go_on_from_the_microbatches_that_there_are():
     need = NEED._replace(accumulate=2, activations=18 * GIB)
-    assert compile_ahead.remedies(need, {}) == [{"accumulate": 4}]
-    assert compile_ahead.as_flags("base", {"fsdp": True, "accumulate": 4}) == (
+    assert roofline.remedies(need, {}) == [{"accumulate": 4}]
+    assert roofline.as_flags("base", {"fsdp": True, "accumulate": 4}) == (
         "--config.parallel=fsdp --config.base.train.accumulate=4"
     )
 
 
 def test_what_the_compiler_says_is_read():
     """Both of libtpu's messages; anything else is no matter of memory."""
-    assert compile_ahead.needed_bytes(OUT_OF_MEMORY.format("23.50G", "15.75G")) == {
+    assert reports.needed_bytes(OUT_OF_MEMORY.format("23.50G", "15.75G")) == {
         "total": 23.5 * GIB,
         "limit": 15.75 * GIB,
     }
@@ -127,73 +132,76 @@ def test_what_the_compiler_says_is_read():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (44.73G) exceeds "
         "available HBM (15.75G)."
     )
-    assert compile_ahead.needed_bytes(other) == {"temporary": 44.73 * GIB, "limit": 15.75 * GIB}
-    assert compile_ahead.needed_bytes("INVALID_ARGUMENT: no") is None
+    assert reports.needed_bytes(other) == {"temporary": 44.73 * GIB, "limit": 15.75 * GIB}
+    assert reports.needed_bytes("INVALID_ARGUMENT: no") is None
 
 
 def test_bytes_of_a_device():
     where = parallel.layout("fsdp")
     tree = {"a": jax.ShapeDtypeStruct((8, 3), jnp.float32), "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
-    assert compile_ahead.tree_bytes(tree) == 8 * 3 * 4 + 6
+    assert roofline.tree_bytes(tree) == 8 * 3 * 4 + 6
     assert (
-        compile_ahead.device_bytes(
+        roofline.device_bytes(
             parallel.abstract(where, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree))
         )
         == 30
     )
-    assert compile_ahead.tree_bytes(jax.eval_shape(lambda: jax.random.key(0))) == 8
+    assert roofline.tree_bytes(jax.eval_shape(lambda: jax.random.key(0))) == 8
 
 
 def test_changes_that_are_made_already_are_not_proposed():
-    net = MICRO["base"]["net"] | {"remat": "blocks", "dtype": "bfloat16"}
-    assert compile_ahead.open_savings({**MICRO, "base": {**MICRO["base"], "net": net}}, "base") == {"fsdp": 1.0}
+    config = small_config(remat="blocks", dtype="bfloat16")
+    assert reports.open_savings(config, "base") == {"fsdp": 1.0}
 
 
-@pytest.mark.parametrize("section", ["clip", "prior", "up"])
-def test_objectives_take_the_example_batches(section):
+@pytest.mark.parametrize("lineage", systems.EVERY)
+def test_losses_take_the_example_batches(lineage):
     """Of every kind of model; traced only."""
-    config = plain("dalle2:tiny")
-    model = stages.build(config, section)
-    objective = stages.objective(model)
-    params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-    batch = compile_ahead.training_batch(model, config, 2)
-    loss, *_ = jax.eval_shape(
-        lambda *a: objective.loss(*a, jnp.arange(2), 2), params, objective.init_extra(), batch, keys
-    )
-    assert loss.shape == (2,)
+    system = systems.EVERY[lineage]()
+    for name in system.trained:
+        model = system.model(name)
+        params = jax.eval_shape(lambda model=model: model.init(jax.random.key(0)))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+
+        def loss(params, batch, keys, model=model):
+            return model.loss(params, model.init_extra(), batch, keys, jnp.arange(2), 2)[0]
+
+        assert jax.eval_shape(loss, params, lowering.training_batch(model, 2), keys).shape == (2,)
+        assert lowering.saved_bytes(configs.to_dict(system.config), name) > 0
 
 
-@pytest.mark.parametrize("section", ["decoder", "up"])
-def test_samplers_take_the_example_conditions(section):
-    """Each stage's alone, with its conditions and its CLIP's parameters."""
-    config = plain("dalle2:tiny", "sample.batch_size=6")
-    lowered, n, _ = compile_ahead.lower_sample(config, section, None)
-    assert n == 8, "filled up to two on each device"
-    (out,) = jax.tree.leaves(lowered.out_info)
-    assert out.shape == (4, 2, *config[section]["shape"])
+@pytest.mark.parametrize("lineage", systems.EVERY)
+def test_samplers_take_the_example_conditions(lineage):
+    """Each model alone, with its conditions, what is measured on the data, and the parameters of what guides it."""
+    system = systems.EVERY[lineage]()
+    config = configs.to_dict(system.config)
+    config["sample"]["batch_size"] = 6
+    for model in system.generators:
+        lowered, n, _ = lowering.lower_sample(config, model.name, None)
+        assert n == 8, "filled up to two on each device"
+        (out,) = jax.tree.leaves(lowered.out_info)
+        assert out.shape == (4, 2, *model.shape)
 
 
 def test_fsdp_moves_parameters_and_gradients_and_no_part_of_a_picture():
-    lowered, _ = compile_ahead.lower_train({**MICRO, "parallel": "fsdp"}, "base", None)
+    lowered, _ = lowered_small()
     text = lowered.compile().as_text()
     assert "all-gather" in text and "collective-permute" not in text and "all-to-all" not in text
 
 
-def lowered_micro(**net):
-    base = MICRO["base"]
-    config = {**MICRO, "parallel": "fsdp", "base": {**base, "net": {**base["net"], **net}}}
-    return compile_ahead.lower_train(config, "base", None)
+def lowered_small(**net):
+    return lowering.lower_train({**small_config(**net), "parallel": "fsdp"}, "base", None)
 
 
 def test_a_block_that_is_computed_again_gathers_its_parameters_again():
-    """So that they need not be kept. A last bias alone is not asked for twice."""
-    lowered, run = lowered_micro()
-    cut = [p for p, leaf in jax.tree.leaves_with_path(run.abstract.params) if not leaf.sharding.is_fully_replicated]
-    inside = [path[-1].key for path in cut if re.search("block|attention", path[1].key)]
-    assert lowered.as_text().count("stablehlo.all_gather") == len(cut)
-    lowered, _ = lowered_micro(remat="blocks")
-    again = lowered.as_text().count("stablehlo.all_gather") - len(cut)
+    """So that they need not be kept. A last bias alone is not gathered twice."""
+    lowered, run = lowered_small()
+    every = jax.tree.leaves_with_path(run.abstract.params)
+    sharded = [p for p, leaf in every if not leaf.sharding.is_fully_replicated]
+    inside = [path[-1].key for path in sharded if re.search("block|attention", path[1].key)]
+    assert lowered.as_text().count("stablehlo.all_gather") == len(sharded)
+    lowered, _ = lowered_small(remat="blocks")
+    again = lowered.as_text().count("stablehlo.all_gather") - len(sharded)
     assert len(inside) > again >= sum("bias" not in name for name in inside) > 20
 
 
@@ -205,23 +213,23 @@ def in_and_out_of_loops(program: str) -> tuple[int, int]:
 
 def test_parameters_are_gathered_within_loops_and_not_before():
     """XLA:CPU would gather all that a loop does not change ahead of it, and a device would have them all at once."""
-    config = {**MICRO, "parallel": "fsdp"}
-    lowered, n, params = compile_ahead.lower_sample(config, "base", None)
-    assert n == 8 and not params["base"]["unet"]["conv_in"]["kernel"].sharding.is_fully_replicated
+    config = {**small_config(), "parallel": "fsdp"}
+    lowered, n, params = lowering.lower_sample(config, "base", None)
+    assert n == 8 and not params["base"]["net"]["conv_in"]["kernel"].sharding.is_fully_replicated
     within, outside = in_and_out_of_loops(lowered.compile().as_text())
     assert within > 100 and outside == 0
-    config["base"] = {**MICRO["base"], "train": MICRO["base"]["train"] | {"accumulate": 2}}
-    lowered, _ = compile_ahead.lower_train(config, "base", None)
+    config["base"]["train"]["accumulate"] = 2
+    lowered, _ = lowering.lower_train(config, "base", None)
     within, outside = in_and_out_of_loops(lowered.compile().as_text())
-    assert within > 100 and outside < 10, "what is told of each example is gathered in the end"
+    assert within > 100 and outside < 10, "what belongs to each example is gathered in the end"
 
 
 def test_flash_attention_is_divided_over_the_devices_of_fsdp():
     """A kernel of Pallas is none that XLA's partitioner can divide."""
-    net = MICRO["base"]["net"] | {"flash": True, "attention": (1,)}
-    config = {**MICRO, "parallel": "fsdp", "base": {**MICRO["base"], "shape": (32, 32, 1), "net": net}}
-    _, run = compile_ahead.lower_train(config, "base", None)
-    batch = compile_ahead.training_batch(stages.build(config, "base"), config, 8)
+    config = small_config(flash=True, attention=(1,))
+    config = {**config, "parallel": "fsdp", "base": {**config["base"], "shape": (32, 32, 1)}}
+    run = lowering.run_of(config, "base")
+    batch = lowering.training_batch(lowering.System(config).model("base"), 8)
     traced = run.step.trace(run.abstract, parallel.abstract_batch(run.where, batch))
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
@@ -230,10 +238,10 @@ def test_flash_attention_is_divided_over_the_devices_of_fsdp():
 
 
 def compile_micro(workdir, *more):
-    return main.run(micro.flags(workdir, "--mode=compile", *more))
+    return main.run(flags(workdir, "--mode=compile", *more))
 
 
-def reports(workdir):
+def written(workdir):
     return [json.loads(path.read_text()) for path in sorted((workdir / "ahead").glob("*.json"))]
 
 
@@ -244,7 +252,7 @@ def test_train_step_and_sampler_are_compiled_and_remembered(tmp_path, capsys, mo
         "the train step of quickstart.base for 4 x cpu, pmap, batch 8" in said
         and "the sampler of quickstart.base" in said
     )
-    sample, train_ = reports(tmp_path)
+    sample, train_ = written(tmp_path)
     assert (train_["program"], sample["program"]) == ("train", "sample")
     for found in (train_, sample):
         assert found["fits"] is None and "seconds" not in found, "nobody says what a CPU can do"
@@ -264,7 +272,7 @@ def test_train_step_and_sampler_are_compiled_and_remembered(tmp_path, capsys, mo
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
-def test_a_program_that_does_not_fit_is_told_what_would(tmp_path, capsys, monkeypatch):
+def test_a_program_that_does_not_fit_gets_what_would_make_it_fit(tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY.format("2.00M", "1.50M"))
 
@@ -273,7 +281,7 @@ def test_a_program_that_does_not_fit_is_told_what_would(tmp_path, capsys, monkey
     said = capsys.readouterr().out
     assert "does not fit: 2.0 MiB of 1.5 MiB on each device" in said
     assert "--config.base.net.remat=blocks" in said
-    (found,) = reports(tmp_path)
+    (found,) = written(tmp_path)
     # of what the gradient keeps, by tracing it: inputs of blocks alone, and the same in half as many bytes
     shares = found["savings"]
     assert 0.05 < shares["remat"] < 0.5 and 0.4 < shares["bfloat16"] < 1 and shares["fsdp"] == 1
@@ -292,12 +300,12 @@ def test_what_else_the_compiler_says_ends_the_run():
     with pytest.raises(
         errors.RunError, match="XLA cannot compile the train step of c.base for 2 x toy: INTERNAL: no; "
     ):
-        compile_ahead._compiled(Lowered(), ABOUT, held=0, loops=1)
+        reports._compiled(Lowered(), ABOUT, held=0, loops=1)
 
 
-def test_a_cost_is_told_with_a_known_chip(monkeypatch):
+def test_a_cost_is_given_with_a_known_chip(monkeypatch):
     """10 GFLOP and 1 GB in each of 3 microbatches, 100 steps of 30 pictures, on a chip of 10 TFLOP/s and 1 TB/s."""
-    monkeypatch.setitem(compile_ahead.CHIPS, "toy", compile_ahead.Chip(GIB, 1e13, 1e12))
+    monkeypatch.setitem(roofline.CHIPS, "toy", roofline.Chip(GIB, 1e13, 1e12))
 
     class Compiled:
         def memory_analysis(self):
@@ -313,7 +321,7 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
             assert options == {"exec_time_optimization_effort": -1.0}
             return Compiled()
 
-    found = compile_ahead._compiled(Lowered(), ABOUT, held=0, loops=3, outside=0.2e9)
+    found = reports._compiled(Lowered(), ABOUT, held=0, loops=3, outside=0.2e9)
     assert found["total"] == 555 and found["fits"] is True
     assert found["accessed"] == pytest.approx(0.2e9 + 3 * 0.8e9), "what is outside of the loop is not multiplied"
     assert found["seconds"] == pytest.approx(3e-3) and found["bound"] == "arithmetic"
@@ -331,21 +339,21 @@ def test_a_cost_is_told_with_a_known_chip(monkeypatch):
     assert "| pmap, bfloat16, flash, batch 30 / 3 |" in compile_ahead.table([row])
     assert "| 3 ms, arithmetic | 100% |  | 10,000 | 0.0 |" in compile_ahead.table([row])
     # 1,000 parameters, of 4 bytes, of which each device of 2 sends the other half, twice
-    monkeypatch.setitem(compile_ahead.CHIPS, "toy", compile_ahead.Chip(GIB, 1e13, 1e12, 1e6))
+    monkeypatch.setitem(roofline.CHIPS, "toy", roofline.Chip(GIB, 1e13, 1e12, 1e6))
     row |= {"parameters": 1000}
     assert "| 3 ms, arithmetic | 100% | 4 ms | 10,000 | 0.0 |" in compile_ahead.table([row])
-    assert "talk between devices, at least, by the vendor's figure: 4.0 ms" in compile_ahead.describe(row)
+    assert "communication between devices, at least, by the vendor's figure: 4.0 ms" in compile_ahead.describe(row)
 
 
 def test_bytes_that_a_device_sends():
-    """Of 3 of 4 parts of 40 bytes: a sum is brought together and told, 2; under fsdp 2 or 3 for each microbatch."""
-    of = functools.partial(compile_ahead.talk, 10, devices=4, dtype="float32")
+    """Of 3 of 4 parts of 40 bytes: a sum is brought together and sent, 2; under fsdp 2 or 3 for each microbatch."""
+    of = functools.partial(roofline.communication, 10, devices=4, dtype="float32")
     assert of(mode="pmap", remat=True, accumulate=8) == of(mode="jit", remat=False, accumulate=1) == 30 * 2
     assert of(mode="fsdp", remat=False, accumulate=1) == 30 * 2
     assert of(mode="fsdp", remat=True, accumulate=4) == 30 * 3 * 4
     assert of(mode="fsdp", remat=True, accumulate=4, dtype="bfloat16") == (30 + 15 * 2) * 4, "gathered are halves"
     assert of(mode="pmap", remat=True, accumulate=4, dtype="bfloat16") == 30 * 2, "gradients are not"
-    assert compile_ahead.talk(10, devices=1, mode="pmap", dtype="float32", remat=False, accumulate=1) == 0
+    assert roofline.communication(10, devices=1, mode="pmap", dtype="float32", remat=False, accumulate=1) == 0
 
 
 @pytest.mark.parametrize(
@@ -356,10 +364,11 @@ def test_bytes_that_a_device_sends():
         ("unet", 8, "tpu", 0),
         ("unet", 7, "gpu", 0),
         ("clip", 7, "tpu", 0),
+        ("prior", 7, "tpu", 0),
     ],
 )
 def test_few_pictures_matter_to_a_tpu_that_convolves_them(net, pictures, platform, few):
-    assert compile_ahead.few_pictures(net, pictures, platform) == few
+    assert reports.few_pictures(spec("network", net), pictures, platform) == few
 
 
 def test_what_a_loop_holds_is_counted_once():
@@ -371,7 +380,7 @@ def test_what_a_loop_holds_is_counted_once():
             return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=turns)[0]
 
         compiled = jax.jit(repeat).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
-        flops.append(compile_ahead.measure(compiled)["flops"])
+        flops.append(reports.measure(compiled)["flops"])
     assert flops == pytest.approx([2 * 64**3] * 2, rel=0.01)
 
 
@@ -389,7 +398,7 @@ def test_without_libtpu_one_line_says_so(tmp_path, capsys, monkeypatch, error, a
     def missing(*_, **__):
         raise RuntimeError(error)
 
-    monkeypatch.setattr(parallel.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(slices.topologies, "get_topology_desc", missing)
     for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, "1")
     assert compile_micro(tmp_path, "--topology=v5e:4x4") == 2
@@ -399,7 +408,7 @@ def test_without_libtpu_one_line_says_so(tmp_path, capsys, monkeypatch, error, a
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "wrong, message",
     [
         (["--topology=v5e:4x4x4"], "there is no TPU slice 'v5e:4x4x4'"),
         (["--program=steps"], "unknown --program=steps"),
@@ -407,8 +416,8 @@ def test_without_libtpu_one_line_says_so(tmp_path, capsys, monkeypatch, error, a
         (["--topology=v5e:4x4", "--mode=train"], "pass --mode=compile with it"),
     ],
 )
-def test_bad_flags(tmp_path, capsys, monkeypatch, flags, message):
+def test_bad_flags(tmp_path, capsys, monkeypatch, wrong, message):
     for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, "1")
-    assert compile_micro(tmp_path, *flags) == 2
+    assert compile_micro(tmp_path, *wrong) == 2
     assert message in capsys.readouterr().err

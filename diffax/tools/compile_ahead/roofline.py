@@ -1,4 +1,4 @@
-"""Arithmetic of what a program needs: rooflines, communication, and what would make it fit."""
+"""Arithmetic: how long a program takes at least, what devices send each other, and what would make one fit."""
 
 import collections
 import itertools
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 GIB = 2**30
+FEW = 8  # of fewer pictures XLA:TPU cuts each into strips that overlap, to convolve them: about five times the bytes
 
 
 class Chip(NamedTuple):
@@ -29,7 +30,7 @@ class Chip(NamedTuple):
     links: float = 0.0
 
 
-# By the name that JAX calls the device. TPUs multiply float32 in bfloat16 too, by default; GPUs do not.
+# By the name that JAX calls the device. TPUs multiply float32 in bfloat16 too by default; GPUs do not.
 CHIPS = {
     "TPU v4": Chip(32 * GIB, 275e12, 1228e9, 300e9),
     "TPU v5 lite": Chip(16 * GIB, 197e12, 819e9, 200e9),
@@ -60,9 +61,10 @@ def roofline(flops: float, accessed: float, chip: Chip) -> tuple[float, str]:
 def communication(parameters: int, *, devices: int, mode: str, dtype: str, remat: bool, accumulate: int) -> float:
     """Bytes that one device sends in a train step, at least.
 
-    Gradients are summed once a step, each part by one device and then sent to all: two passes. Under fsdp parameters
-    are gathered for every microbatch, with remat twice, and the gradients of each summed by their owners. Gathered are
-    numbers of the type that a layer computes in: XLA:TPU converts before it gathers, if not at the least effort.
+    Gradients are summed once a step, each part by one device, which then sends it to all: two passes. Under fsdp
+    parameters are gathered for every microbatch, with remat twice, and the gradients of each are summed by their
+    owners. What is gathered has the type that a layer computes in: XLA:TPU converts before it gathers, if not at the
+    least effort.
 
     Args:
       parameters: how many; their gradients have 4 bytes.
@@ -78,7 +80,7 @@ def communication(parameters: int, *, devices: int, mode: str, dtype: str, remat
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree; a typed key counts as two words."""
+    """Bytes of all arrays of a tree; a typed key counts as eight."""
 
     def size(leaf) -> int:
         word = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
@@ -106,7 +108,7 @@ def largest_block(params: Any) -> int:
 
 
 class Need(NamedTuple):
-    """What a train step wants of one device, as far as it is known.
+    """What a train step needs of one device.
 
     Attributes:
       state: bytes of parameters, optimizer and averages.
@@ -133,9 +135,9 @@ def remedies(need: Need, savings: Mapping[str, float]) -> list[dict[str, Any]]:
     """The fewest changes that would make a train step fit, by estimate: every such choice of them.
 
     Args:
-      need: what it wants now.
+      need: what it needs now.
       savings: {change: share of the activations that is left}, of 'remat' and 'bfloat16', where they are still open;
-        and 'fsdp', whatever its share, where the state is not yet sharded over the devices.
+        and 'fsdp', whatever its share, where the state is not yet sharded.
 
     Returns:
       [{change: True}], with 'accumulate': the number of microbatches; the same length each; empty if nothing helps.
