@@ -83,13 +83,13 @@ def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, clas
     data = components.build(section["data"], "data", path=f"config.{model.name}.data")
     if not config["eval"]["num"] or not data.has_held_out:
         return None
-    from diffax.evaluation import scores
+    from diffax.evaluation import report, scores
 
     held_out = scores.guide_examples(config, model)
 
     def score(params: Params, step: int) -> None:
         found: dict[str, np.ndarray] = scores.guide_scores(config, model, params, held_out, class_names)
         if processes.is_primary():
-            scores.write_classifier_report(workdir / model.name, found, step)
+            report.write_classifier_report(workdir / model.name, found, step)
 
     return score
