@@ -75,7 +75,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
-def tell(what: str, seconds: float) -> None:
+def show(what: str, seconds: float) -> None:
     """Says on stderr what is done."""
     print(f"{what}: {seconds:.1f} s; so far {time.process_time():.0f} s of processors", file=sys.stderr, flush=True)
 
@@ -86,7 +86,7 @@ def ours(folders: list[pathlib.Path], weights: pathlib.Path, batch: int, subset:
     shape = next(compare.open_pictures(folders[0]).chunks(batch))
     run = jax.jit(lambda params, pictures: Inception().apply({"params": params}, pictures))
     run, seconds = timed(lambda: run.lower(params, shape).compile())
-    tell("diffax, compiling", seconds)
+    show("diffax, compiling", seconds)
 
     def features(folder: pathlib.Path) -> dict[str, np.ndarray]:
         found = [jax.device_get(run(params, chunk)) for chunk in compare.open_pictures(folder).chunks(batch)]
@@ -189,13 +189,13 @@ def main() -> None:
         subset = args.num // 2
         pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights)
         features, numbers, seconds = ours(folders, weights, args.batch, subset)
-        tell("diffax", seconds)
+        show("diffax", seconds)
         fidelity, its_seconds, its_features = torch_fidelity_numbers(folders, weights, args.batch, subset)
-        tell("torch-fidelity", its_seconds)
+        show("torch-fidelity", its_seconds)
         pytorch, other_seconds = pytorch_fid_numbers(folders, weights, args.batch)
-        tell("pytorch-fid", other_seconds)
+        show("pytorch-fid", other_seconds)
         same, more_seconds = timed(lambda: pytorch_fid_of_same_input(folders, args.batch))
-        tell("pytorch-fid, same input", more_seconds)
+        show("pytorch-fid, same input", more_seconds)
     theirs = {"torch-fidelity": fidelity, "pytorch-fid": pytorch, "same input": same}
     print(f"2 x {args.num} pictures of {args.side}x{args.side}, {jax.default_backend()}")
     times = {"diffax": seconds, "torch-fidelity": its_seconds, "pytorch-fid, FID alone": other_seconds}

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import peers  # benchmarks/peers.py: how a process is told when to run
+import peers  # benchmarks/peers.py: how a process hears when to run
 
 Found = Mapping[tuple[int, int, int], Sequence[float]]  # {(devices, processes, pictures): seconds of each round}
 
@@ -111,19 +111,18 @@ def slice_row(
 
 
 def serve(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """One process of one program: pins itself to its core, and is told when to run."""
+    """One process of one program: pins itself to its core, and runs when it is asked to."""
     replies = peers.own_stdout()
     os.sched_setaffinity(0, {args.core})
     flags = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ.get("XLA_FLAGS", ""))
     devices = args.devices[0] // args.processes[0]
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-    from diffax import main
     from diffax.tools import benchmark
-    from diffax.training import parallel
+    from diffax.training import cpu_flags, processes
 
-    main.set_cpu_flags()
+    cpu_flags.set_cpu_flags()
     if args.processes[0] > 1:
-        parallel.start(args.coordinator, args.processes[0], args.process)
+        processes.start(args.coordinator, args.processes[0], args.process)
     _, config, name = benchmark.read_flags(overrides)
 
     def prepare(program: str) -> tuple[Any, dict]:
@@ -195,16 +194,16 @@ def modelled(args: argparse.Namespace, overhead: float, per_parameter: float) ->
     import jax
 
     from diffax import config as configs
-    from diffax.models import stages
-    from diffax.tools import benchmark, compile_ahead
+    from diffax.models.system import System
+    from diffax.tools import benchmark
+    from diffax.tools.compile_ahead import roofline
     from diffax.training import loop
 
     config = configs.to_dict(configs.load(args.model))
-    name = next(stage for stage in config["stages"] if configs.makes_pictures(config[stage]))
-    model = stages.build(config, name)
-    params = jax.eval_shape(lambda: stages.init_params(model, jax.random.key(0)))
-    flops = 3 * args.pictures * benchmark.forward_flops(config, name)
-    compute = flops / (args.share * compile_ahead.CHIPS["TPU v5 lite"].flops)
+    model = next(model for model in System(config).generators if len(model.shape) == 3)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    flops = 3 * args.pictures * benchmark.forward_flops(config, model.name)
+    compute = flops / (args.share * roofline.CHIPS["TPU v5 lite"].flops)
     sent = per_parameter * loop.count_parameters(params)
     own = dict(compute=compute, sent=sent, bandwidth=V5E_LINKS, pictures=args.pictures, overhead=max(0.0, overhead))
     return [slice_row(chips, **own) for chips in CHIPS]
@@ -237,7 +236,7 @@ def report(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from diffax.evaluation.report import write_report
     from diffax.tools import benchmark
 
-    configs.load(args.model)  # a wrong name is told of before anything is measured
+    configs.load(args.model)  # a wrong name ends the command before anything is measured
     folder, most = pathlib.Path(args.output), max(args.devices)
     found, facts = measure(args, overrides)
     rows = list(overheads(found, batch=args.batch, most=most))

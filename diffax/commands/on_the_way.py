@@ -9,6 +9,7 @@ import numpy as np
 from diffax import components
 from diffax.commands.sample import write_samples
 from diffax.commands.trained import are_trained
+from diffax.evaluation import report, scores
 from diffax.sampling import grids
 from diffax.sampling.sample_fn import SampleFn
 from diffax.training import processes
@@ -83,8 +84,6 @@ def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, clas
     data = components.build(section["data"], "data", path=f"config.{model.name}.data")
     if not config["eval"]["num"] or not data.has_held_out:
         return None
-    from diffax.evaluation import report, scores
-
     held_out = scores.guide_examples(config, model)
 
     def score(params: Params, step: int) -> None:

@@ -262,7 +262,7 @@ def build(options: Mapping, shape: tuple[int, int, int]) -> CLIP:
             choose(dict.fromkeys(sorted(fields)), key, f"{name} option")
         values = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in own[name].items()}
         if "activation" in values:
-            choose(ACTIVATIONS, values["activation"], f"net.{name}.activation")
+            choose(ACTIVATIONS, values["activation"], f"{name}.activation")
         encoders[name] = module(**shared | values, **given)
     network = CLIP(**encoders)
     _check(network)
@@ -289,7 +289,7 @@ def _check(network: CLIP) -> None:
                 f"{name}.heads {tower.heads} does not divide {name}.width {tower.width}; change one of them"
             )
         if tower.head_channels < 0:
-            raise ValueError(f"net.{name}.head_channels is {tower.head_channels}; use a number, or 0 for width / heads")
+            raise ValueError(f"{name}.head_channels is {tower.head_channels}; use a number, or 0 for width / heads")
         if tower.hidden < 0:
             raise ValueError(f"{name}.hidden is {tower.hidden}; use a width, or 0 for 4 times that of the tokens")
     if image.shape[0] % image.patch or image.shape[1] % image.patch:

@@ -1,6 +1,8 @@
 """The command end to end on micro configs: train, resume, sample, evaluate; and what bad input gets."""
 
 import json
+import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -237,6 +239,22 @@ def test_help_lists_modes_configs_and_variants(capsys):
     out = capsys.readouterr().out
     for word in ("evaluate", "configs/ddpm_cifar10.py", "configs/iddpm_imagenet_64.py", ":tiny", "--config.base.train"):
         assert word in out
+
+
+def test_help_describes_components(capsys):
+    assert main.run(["--help=loss"]) == 0 and "loss hybrid: L_hybrid" in capsys.readouterr().out
+    assert main.run(["--help=network.unet"]) == 0 and "  channels = 128" in capsys.readouterr().out
+    for flag, message in (("--help=los", "did you mean loss"), ("--help=loss.hybird", "did you mean hybrid")):
+        assert main.run([flag]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("python", [["-m"], ["-P", "-m"]])
+def test_import_paths_begin_in_the_current_folder(tmp_path, python):
+    (tmp_path / "my_lab.py").write_text('def mine(*, gamma: float = 5.0):\n    """My loss."""\n')
+    command = [sys.executable, *python, "diffax.main", "--help=loss.my_lab:mine"]
+    path = os.pathsep.join([str(pathlib.Path(diffax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
+    assert done.stdout.startswith("loss my_lab:mine: My loss.") and "gamma = 5.0" in done.stdout, done.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path, capfd):

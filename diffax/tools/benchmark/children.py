@@ -1,4 +1,4 @@
-"""Peers of the benchmark: programs in processes of their own, beside which diffax takes turns."""
+"""Programs in processes of their own: peers of PyTorch, and fresh starts of this command."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any
 from diffax.errors import RunError, UserError
 
 PEERS = ("diffusers", "guided-diffusion")
-WITHOUT_PEER = ("data", "checkpoint")
 
 
 class Process:
@@ -36,7 +36,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Its number."""
         return self._child.pid
 
     def send(self, **request: Any) -> None:
@@ -73,7 +73,7 @@ def peer_command(args: argparse.Namespace, peer: str, section: Mapping) -> list[
     Raises:
       UserError: there is no such program here, or it has no such network.
     """
-    script = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "peers.py"
+    script = pathlib.Path(__file__).parents[3] / "benchmarks" / "peers.py"
     if not script.exists():
         raise UserError(f"peers need a checkout of diffax; there is no {script}; run inside one")
     if shutil.which(args.peer_python) is None:
@@ -93,6 +93,21 @@ def peer_command(args: argparse.Namespace, peer: str, section: Mapping) -> list[
     net |= {"batch_size": section["train"]["batch_size"], "channels_last": args.channels_last}
     path = [f"--path={args.peer_path}"] if peer == "guided-diffusion" and args.peer_path else []
     return [args.peer_python, str(script), f"--peer={peer}", f"--network={json.dumps(net)}", *path]
+
+
+def start_once(argv: Sequence[str], cache: str) -> dict[str, float]:
+    """Runs this command to the end of its first train step: {'total', 'compile'} in seconds.
+
+    Raises:
+      RunError: it failed.
+    """
+    command = [sys.executable, "-m", "diffax.tools.benchmark", *argv, f"--first-step={time.time()!r}"]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RunError(f"the first step failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def start_peer(command: Sequence[str]) -> float:

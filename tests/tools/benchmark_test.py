@@ -16,11 +16,13 @@ import pytest
 
 from diffax import config as configs
 from diffax.errors import RunError
+from diffax.models.system import System
 from diffax.tools import benchmark
+from diffax.tools.benchmark import children, programs, rows, timing
 from diffax.training import loop
 from tests import micro
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name):
@@ -49,13 +51,13 @@ def test_flops_of_products_convolutions_and_loops():
         return x @ kernel, jax.lax.scan(lambda c, _: (c @ square, None), x, length=5), picture
 
     x, kernel, square = jnp.ones((3, 7)), jnp.ones((7, 11)), jnp.ones((7, 7))
-    assert benchmark.count_flops(fn, x, kernel, x, square) == 2 * 3 * 7 * 11 + 5 * 2 * 3 * 7 * 7
+    assert timing.count_flops(fn, x, kernel, x, square) == 2 * 3 * 7 * 11 + 5 * 2 * 3 * 7 * 7
 
     def conv(picture, kernel):
         return jax.lax.conv_general_dilated(picture, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     out = 2 * 4 * 4 * 5  # [2, 4, 4, 5] of [2, 8, 8, 3]
-    found = benchmark.count_flops(jax.jit(jax.checkpoint(conv)), jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
+    found = timing.count_flops(jax.jit(jax.checkpoint(conv)), jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
     assert found == 2 * out * 3 * 3 * 3
 
 
@@ -84,24 +86,24 @@ def test_programs_take_turns():
 def test_ratio_is_that_of_each_round():
     # while the machine was ten times slower, both were
     assert benchmark.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2
-    row = benchmark.as_row("x", {"diffax": [1.0, 2.0, 4.0], "peer": [3.0, 6.0, 12.0]}, {"pictures": 8, "flops": 10}, 20)
+    row = rows.as_row("x", {"diffax": [1.0, 2.0, 4.0], "peer": [3.0, 6.0, 12.0]}, {"pictures": 8, "flops": 10}, 20)
     assert row["diffax"] == 2 and row["pictures/s"] == 4 and row["of peak"] == "25%"
     assert row["peer"] == 6 and row["peer / diffax"] == 3
 
 
 def test_peak_memory_forgets():
     if not pathlib.Path("/proc/self/status").exists():
-        assert benchmark.peak_memory() is None
+        assert timing.peak_memory() is None
         return
-    benchmark.reset_peak()
-    before, size = benchmark.peak_memory(), 200 * 2**20
+    timing.reset_peak()
+    before, size = timing.peak_memory(), 200 * 2**20
     held = np.ones(size, np.uint8)
-    grown = benchmark.peak_memory()
+    grown = timing.peak_memory()
     assert grown > before + 0.9 * size
     del held
-    assert benchmark.peak_memory() == pytest.approx(grown, rel=0.01), "the kernel counts in batches of pages"
-    benchmark.reset_peak()
-    assert benchmark.peak_memory() < grown - 0.5 * size
+    assert timing.peak_memory() == pytest.approx(grown, rel=0.01), "the kernel counts in batches of pages"
+    timing.reset_peak()
+    assert timing.peak_memory() < grown - 0.5 * size
 
 
 # ---- the command ----
@@ -128,7 +130,7 @@ def flags(tmp_path, *more):
 def prepared(tmp_path_factory):
     """The train step of the micro config."""
     _, config, name = benchmark.read_flags(flags(tmp_path_factory.mktemp("unused")))
-    return benchmark.prepare_train(config, name)
+    return programs.prepare_train(config, name)
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +138,13 @@ def report(prepared, tmp_path_factory):
     """One run of the command beside a peer that takes two seconds for everything."""
     folder, out = tmp_path_factory.mktemp("benchmark"), io.StringIO()
     command = [sys.executable, "-c", PEER.format(folder=str(FOLDER))]
-    programs = "--programs=train,forward,ddim3,data,checkpoint,startup"
+    chosen = "--programs=train,forward,ddim3,data,checkpoint,startup"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(benchmark, "peer_command", lambda args, peer, section: command)
-        patch.setattr(benchmark, "prepare_train", lambda config, name: prepared)
-        patch.setattr(benchmark, "peak_flops", lambda: (1e12, "by hand"))
-        patch.setattr(benchmark, "start_once", lambda argv, cache: {"total": 8.0, "compile": 3.0})
-        assert benchmark.run(flags(folder, programs, "--rounds=2", "--seconds=0", "--peer=diffusers")) == 0
+        patch.setattr(children, "peer_command", lambda args, peer, section: command)
+        patch.setattr(programs, "prepare_train", lambda config, name: prepared)
+        patch.setattr(timing, "peak_flops", lambda: (1e12, "by hand"))
+        patch.setattr(children, "start_once", lambda argv, cache: {"total": 8.0, "compile": 3.0})
+        assert benchmark.run(flags(folder, chosen, "--rounds=2", "--seconds=0", "--peer=diffusers")) == 0
     return json.loads((folder / "benchmark.json").read_text()), out.getvalue(), folder
 
 
@@ -191,7 +193,7 @@ def test_report_compares_with_the_peer(report):
 
 
 def test_first_step_says_how_long_it_took(prepared, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "prepare_train", lambda config, name: prepared)
+    monkeypatch.setattr(programs, "prepare_train", lambda config, name: prepared)
     assert benchmark.run(flags(tmp_path, f"--first-step={time.time() - 100}")) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["total"] > 100 and found["compile"] == prepared.facts["compile"] > 0
@@ -218,25 +220,25 @@ def test_bad_input_gets_one_line(tmp_path, capsys, more, message):
 
 
 def test_default_configs_are_valid():
-    config = benchmark.benchmark_config(["config.base.train.batch_size=16"])
-    configs.validate(config)
-    model = benchmark.stages.build(configs.to_dict(config), "base")
-    params = jax.eval_shape(lambda: benchmark.stages.init_params(model, jax.random.key(0)))
+    config = programs.benchmark_config(["config.base.train.batch_size=16"])
+    configs.check(config)
+    model = System(config).model("base")
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     assert loop.count_parameters(params) / 1e6 == pytest.approx(7.7, abs=0.05)
     assert benchmark.forward_flops(configs.to_dict(config), "base") / 1e9 == pytest.approx(3.6, abs=0.05)
 
 
 def test_default_config_of_an_accelerator(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    config = benchmark.benchmark_config()
-    configs.validate(config, device_count=4)
+    config = programs.benchmark_config()
+    configs.check(config, device_count=4)
     assert config.base.net.dtype == "bfloat16" and config.base.train.batch_size == 4 * 8
 
 
 # ---- processes ----
 
 
-def test_a_process_that_ends_is_told_of():
+def test_a_process_that_ends_is_an_error():
     code = "import sys; input(); sys.exit('first\\nno such network')"
     with contextlib.closing(benchmark.Process([sys.executable, "-c", code])) as process:
         with pytest.raises(RunError, match="^no such network$"):
@@ -245,7 +247,7 @@ def test_a_process_that_ends_is_told_of():
 
 def test_peer_is_given_the_network(tmp_path):
     args, config, name = benchmark.read_flags(flags(tmp_path, "--peer-python=python3", "--channels-last"))
-    python, script, peer, network = benchmark.peer_command(args, "diffusers", config[name])
+    python, script, peer, network = children.peer_command(args, "diffusers", config[name])
     assert python == "python3" and pathlib.Path(script) == FOLDER / "peers.py" and peer == "--peer=diffusers"
     net = json.loads(network.removeprefix("--network="))
     assert net["channels"] == 8 and net["shape"] == [8, 8, 1] and net["num_classes"] == 10 and net["channels_last"]
@@ -307,4 +309,4 @@ def test_every_gradient_is_sent_once(scaling, prepared):
 
 
 def test_names_of_samplers():
-    assert benchmark.label("dpm10") == "DPM-Solver++, 10 steps, s"
+    assert rows.label("dpm10") == "DPM-Solver++, 10 steps, s"
