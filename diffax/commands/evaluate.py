@@ -33,6 +33,11 @@ def run(job: Job) -> None:
 
 def _print_row(row: dict[str, Any]) -> None:
     """Prints the numbers of a row as soon as it is known."""
-    if processes.is_primary():
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.numbers(row).items()}
+    if not processes.is_primary():
+        return
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.numbers(row).items()}
+    if "section" in row and "method" not in row:  # a classifier or a CLIP
+        what = f"{shown.pop('section')} on {shown.pop('pictures')} held-out pictures: {shown}"
+        print(what, file=sys.stderr, flush=True)
+    else:
         print(shown, file=sys.stderr, flush=True)
