@@ -207,7 +207,7 @@ class Condition:
         del keys, params
         return given
 
-    def size(self, given: Tree) -> tuple[int, int] | None:
+    def result_size(self, given: Tree) -> tuple[int, int] | None:
         """Height and width that this value requires of the result; None: it does not matter."""
         del given
         return None

@@ -220,7 +220,7 @@ class LowRes(Condition):
         at = self.schedule(jnp.broadcast_to(level, keys.shape))
         return {"image": augment.noise_to(small, at, keys), "time": at.time}
 
-    def size(self, given: Mapping[str, Any]) -> tuple[int, int]:
+    def result_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
         height, width = given["image"].shape[1:3]
         return self.factor * height, self.factor * width
 

@@ -294,7 +294,7 @@ class DiffusionModel:
 
     def _size(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape of the samples, which a condition such as a smaller picture may change."""
-        sizes = (condition.size(given[name]) for name, condition in self.conditions.items())
+        sizes = (condition.result_size(given[name]) for name, condition in self.conditions.items())
         size = next((size for size in sizes if size), None)
         return self.shape if size is None else (*size, self.shape[-1])
 
