@@ -23,7 +23,8 @@ def run(job: Job) -> None:
         return
     of_stages = [row for row in rows if "section" in row]
     for name in dict.fromkeys(row["section"] for row in of_stages if "method" in row):
-        print(report.table([row for row in of_stages if row["section"] == name and "method" in row]))
+        its = [row for row in of_stages if row["section"] == name and "method" in row]
+        print(report.table([{key: value for key, value in row.items() if key != "section"} for row in its]))
     if samples := [row for row in rows if "section" not in row]:
         print(report.table(samples))
         for name in report.curves(samples):
