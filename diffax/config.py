@@ -137,7 +137,7 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the config fails with {type(error).__name__}: {reason}; {shown(os.fspath(path_or_name))}; correct the "
+            f"the config fails with {type(error).__name__}: {reason}; {os.fspath(path_or_name)[:300]}; correct the "
             "file (--help=KIND lists the fields of components)"
         ) from error
     if not isinstance(config, ConfigDict):

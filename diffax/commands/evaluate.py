@@ -23,8 +23,8 @@ def run(job: Job) -> None:
         return
     of_stages = [row for row in rows if "section" in row]
     for name in dict.fromkeys(row["section"] for row in of_stages if "method" in row):
-        own = [row for row in of_stages if row["section"] == name and "method" in row]
-        print(report.table([{key: value for key, value in row.items() if key != "section"} for row in own]))
+        its = [row for row in of_stages if row["section"] == name and "method" in row]
+        print(report.table([{key: value for key, value in row.items() if key != "section"} for row in its]))
     if samples := [row for row in rows if "section" not in row]:
         print(report.table(samples))
         for name in report.curves(samples):
@@ -34,6 +34,11 @@ def run(job: Job) -> None:
 
 def _print_row(row: dict[str, Any]) -> None:
     """Prints the numbers of a row as soon as it is known."""
-    if processes.is_primary():
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.numbers(row).items()}
+    if not processes.is_primary():
+        return
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.numbers(row).items()}
+    if "section" in row and "method" not in row:  # a classifier or a CLIP
+        what = f"{shown.pop('section')} on {shown.pop('pictures')} held-out pictures: {shown}"
+        print(what, file=sys.stderr, flush=True)
+    else:
         print(shown, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import numpy as np
 from diffax import components
 from diffax.commands.sample import write_samples
 from diffax.commands.trained import are_trained
-from diffax.evaluation import scores
+from diffax.evaluation import report, scores
 from diffax.sampling import grids
 from diffax.sampling.sample_fn import SampleFn
 from diffax.training import processes
@@ -89,6 +89,6 @@ def _accuracy(config: Mapping[str, Any], model: Any, workdir: pathlib.Path, clas
     def score(params: Params, step: int) -> None:
         found: dict[str, np.ndarray] = scores.guide_scores(config, model, params, held_out, class_names)
         if processes.is_primary():
-            scores.write_classifier_report(workdir / model.name, found, step)
+            report.write_classifier_report(workdir / model.name, found, step)
 
     return score

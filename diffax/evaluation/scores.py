@@ -1,8 +1,6 @@
 """How good a trained model is, in numbers: samples, bits per dimension, enlargements, classifiers and CLIPs."""
 
-import functools
 import itertools
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +12,11 @@ from diffax.conditions.base import Offer
 from diffax.data import images
 from diffax.data.pipeline import Column
 from diffax.diffusion import losses
-from diffax.evaluation import metrics, report
+from diffax.evaluation import metrics
 from diffax.evaluation.rate_distortion import rate_distortion
 from diffax.models.base import Sampling
 from diffax.sampling import grids
-from diffax.sampling.sample_fn import SampleFn, embedder, noised_conditions
+from diffax.sampling.sample_fn import SampleFn, embedder, noised_conditions, text_embedder
 from diffax.training import parallel, processes, reporting
 
 Params = Any
@@ -61,8 +59,8 @@ def bits_per_dim(
     return processes.share(some, n)
 
 
-def _bounds(sample_fn: SampleFn, grid: Sequence[str], real: Examples, settings: Mapping) -> dict[str, Any]:
-    """{sampling grid: the bound of the last model along it}; {} of a model without one."""
+def _bounds(sample_fn: SampleFn, grid: Sequence[str | None], real: Examples, settings: Mapping) -> dict[str, Any]:
+    """{sampling grid: the bound of the last model along it}, None for its own; {} of a model without one."""
     model, num = sample_fn.models[-1], settings["bpd_num"]
     if not num or not model.has_bound:
         return {}
@@ -93,8 +91,8 @@ def scores(sample_fn: SampleFn, settings: Mapping[str, Any], class_names: Sequen
       `_labels` and `_curve` (a `RateDistortion`).
     """
     model = sample_fn.models[-1]
-    section, own_steps = sample_fn.config[model.name], sample_fn.config[model.name].get("steps", "")
-    grid, num = list(settings["steps"]) or [own_steps], 0 if sample_fn.enlarges else settings["num"]
+    section, grid = sample_fn.config[model.name], list(settings["steps"]) or [None]
+    num = 0 if sample_fn.enlarges else settings["num"]
     classifier = build(settings["classifier"], "evaluation", path="config.eval.classifier")
     real = _real(sample_fn, max(num, settings["bpd_num"], 1), classifier.columns)
     fitted = None
@@ -141,7 +139,7 @@ class _Choice:
     """One combination of the choices of sampling, and what stands of it in a row."""
 
     def __init__(
-        self, sample_fn: SampleFn, guidance: float | None, level: float | None, sampler: str | None, steps: str
+        self, sample_fn: SampleFn, guidance: float | None, level: float | None, sampler: str | None, steps: str | None
     ):
         model = sample_fn.models[-1]
         section = sample_fn.config[model.name]
@@ -159,7 +157,7 @@ class _Choice:
             self.row["level"] = noised.level if level is None else level
 
 
-def _choices(sample_fn: SampleFn, settings: Mapping[str, Any], grid: Sequence[str]) -> Iterator[_Choice]:
+def _choices(sample_fn: SampleFn, settings: Mapping[str, Any], grid: Sequence[str | None]) -> Iterator[_Choice]:
     noised = noised_conditions(sample_fn.models).get(sample_fn.models[-1].name)
     levels = [level for level in settings["levels"] if noised is not None and level <= noised.noise]
     every = (settings["guidance"] or (None,), levels or (None,), settings["samplers"] or (None,), grid)
@@ -175,7 +173,7 @@ def _sample(sample_fn: SampleFn, given: Mapping, num: int, choice: _Choice, sett
         given,
         guidance=choice.guidance,
         level=choice.level,
-        steps=choice.steps if settings["steps"] else None,
+        steps=choice.steps,
         sampler=choice.sampler,
         batch_size=settings["batch_size"],
     )
@@ -212,20 +210,20 @@ def enlargements(sample_fn: SampleFn, settings: Mapping[str, Any]) -> Iterator[R
     model, condition = sample_fn.models[0], sample_fn.arguments["image"]
     real = _real(sample_fn, settings["num"], {})
     image, given = real["image"], grids.arguments_of(sample_fn, real)
-    if condition.round:
+    if getattr(condition, "round", False):
         given["image"] = images.as_floats(images.to_uint8(given["image"], nearest=True))
-    small = given["image"]
+    small, noised = given["image"], noised_conditions(sample_fn.models).get(model.name)
 
     def row(method: str, made: np.ndarray, **more: Any) -> Row:
         scored = {"psnr": metrics.psnr(made, image), "frechet_patches": patch_distance(made, image)}
         return {"method": method, **more, **scored, "pictures": len(image)}
 
-    yield row("bicubic", images.bicubic(small, condition.factor))
-    for level in [level for level in settings["levels"] if 0 < condition.noise >= level] or (None,):
+    yield row("bicubic", images.bicubic(small, image.shape[1] // small.shape[1]))
+    for level in [level for level in settings["levels"] if noised and level <= noised.noise] or (None,):
         how = {"level": level, "batch_size": settings["batch_size"]}
         made = grids.sample_together(sample_fn, 1, len(image), given, **how)
         images.check_finite(made)
-        more = {"level": condition.level if level is None else level} if condition.noise else {}
+        more = {"level": noised.level if level is None else level} if noised else {}
         yield row(model.name, made, **more) | {"_small": small[:8], "_made": made[:8], "_real": image[:8]}
 
 
@@ -313,13 +311,8 @@ def zero_shot_accuracy(
       batch_size: pictures at once.
     """
     ids = model.tokenizer([template.format(name.replace("_", " ")) for name in names])
-    classes = np.asarray(jax.jit(functools.partial(model.embed_text))(params, ids).embedding)
+    classes = np.asarray(text_embedder(model)(params, ids))
     classes = classes / np.linalg.norm(classes, axis=1, keepdims=True)
     run, image = embedder(model), batch["image"]
     parts = [np.asarray(run(params, image[i : i + batch_size])) for i in range(0, len(image), batch_size)]
     return float(np.mean(np.argmax(np.concatenate(parts) @ classes.T, axis=1) == batch["label"]))
-
-
-def write_classifier_report(folder: pathlib.Path, found: Examples, step: int) -> dict[str, float]:
-    """See `report.write_classifier_report`."""
-    return report.write_classifier_report(folder, found, step)

@@ -1,4 +1,4 @@
-"""Cascades from the command line: trained at once or apart, sampled, scored, and photos enlarged."""
+"""Cascades from the command line: training, stages as jobs of their own, enlarging, scores, bad input."""
 
 import json
 
@@ -24,12 +24,7 @@ CASCADE = (
     *(
         f"config.{name}.{field}"
         for name, side in (("base", 8), ("up", 16))
-        for field in (
-            f"shape={side},{side},3",
-            "data=digits",
-            "conditions.label.num_classes=10",
-            "loss.weight=0.04",
-        )
+        for field in (f"shape={side},{side},3", "data=digits", "conditions.label.num_classes=10", "loss.weight=0.04")
     ),
     "config.up.net.channel_mult=1,1,2",
     "config.eval.classifier=svc",
@@ -54,6 +49,9 @@ def flags(workdir, *more, config="cascade_64:tiny", overrides=CASCADE):
     top = [o for o in micro.OVERRIDES if not o.startswith("config.base")]
     given = [f"--{o.removeprefix('--')}" for o in (*top, *overrides, *more)]
     return [f"--config={config}", f"--workdir={workdir}", *given]
+
+
+# ---- from the command line to pictures -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +93,8 @@ def test_one_command_trains_all_stages(cascade):
         assert rows[-1]["step"] == 6 and all(np.isfinite(row["loss"]) for row in rows)
         assert Image.open(cascade / name / "samples" / "00000006.png").size[0] > 100
     assert Image.open(cascade / "samples.png").size[0] > 100
-    for name in ("base", "up"):
-        saved = json.loads((cascade / name / "config.json").read_text())
-        assert saved["stages"] == ["base", "up"] and saved["up"]["conditions"]["low_res"]["noise"] == 1
+    saved = json.loads((cascade / "up" / "config.json").read_text())
+    assert saved["stages"] == ["base", "up"] and saved["up"]["conditions"]["low_res"]["noise"] == 1
 
 
 def test_samples_of_every_stage_are_saved(cascade):
@@ -139,7 +136,7 @@ def test_evaluate_scores_stages_and_levels(cascade, capfd):
         assert np.isfinite(row["bits_per_dim"]) and 0 <= row["accuracy"] <= 1
     for name in ("up/enlargements.md", "evaluation.md"):
         table = (cascade / name).read_text()
-        assert "| level |" in table and table in out
+        assert "| level |" in table and table.strip() in out
     for picture in ("up/enlargements_0.png", "up/enlargements_0.5.png", "best_level.png", "progressive.png"):
         assert Image.open(cascade / picture).size[0] > 100
 
@@ -196,17 +193,25 @@ def test_a_stage_alone_is_scored_on_pictures_made_smaller(alone, capfd):
     assert [(row["method"], "level" in row) for row in rows] == [("bicubic", False), ("up", False)]
     assert not (alone / "evaluation.json").exists(), "it makes no picture of nothing"
     assert (alone / "up" / "enlargements.png").exists()
-    assert (alone / "up" / "enlargements.md").read_text() in capfd.readouterr().out
+    assert (alone / "up" / "enlargements.md").read_text().strip() in capfd.readouterr().out
 
 
 BAD_COMMANDS = [
     (["--config.up.shape=24,24,3"], "config.up.conditions.low_res.factor 2 takes pictures of (12, 12, 3)"),
     (["--config.up.conditions.low_res.factor=4"], "config.base.shape is (8, 8, 3)"),
-    (["--config.up.conditions.low_res.noise=0.2"], "config.up.conditions.low_res: level must be at most noise, 0.2"),
+    (["--config.up.conditions.low_res.noise=0.2"], "level must be at most noise, 0.2"),
+    (
+        [
+            "--config.up.conditions.low_res.noise=0",
+            "--config.up.conditions.low_res.level=0",
+            "--config.eval.levels=none",
+        ],
+        "conditions.low_res.noise=1",
+    ),
     (["--config.base.conditions.low_res.blur=0.5"], "unknown condition config.base.conditions.low_res"),
     (["--config.base.workdir=/nowhere"], "there is no checkpoint; /nowhere/base"),
     (["--config.up.workdir=/nowhere"], "there is no checkpoint; /nowhere/up"),
-    (["--stage=down"], "unknown --stage=down"),
+    (["--stage=down"], "down"),
     (["--input=/nowhere/photo.png"], "there is no image; /nowhere/photo.png"),
     (["--input=/nowhere/samples.npz"], "there is no sample file; /nowhere/samples.npz"),
     (["--input={photo}", "--stage=base"], "base enlarges no picture"),
@@ -215,10 +220,7 @@ BAD_COMMANDS = [
     (["--input={labels}"], "label 77 is out of range"),
     (["--input={text}"], "cannot read"),
     (["--config.up.conditions.low_res.truncated=true", "--config.up.conditions.low_res.level=0"], "a level above 0"),
-    (
-        ["--config.up.conditions.low_res.truncated=true", "--config.up.schedule.num_timesteps=80"],
-        "truncated needs the schedule of config.base",
-    ),
+    (["--config.up.conditions.low_res.truncated=true", "--config.up.schedule.num_timesteps=80"], "truncated needs"),
 ]
 
 

@@ -64,7 +64,7 @@ def test_evaluate_mode(trained, capsys):
     assert [row["steps"] for row in report["rows"]] == [5, 2]
     for row in report["rows"]:
         assert row["bits_per_dim"] > 0 and 0 <= row["accuracy"] <= 1
-        assert row["accuracy_on_real"] > 0.9
+        assert row["accuracy_of_classifier_on_real"] > 0.9
     assert "| steps | sampler | bits_per_dim |" in capsys.readouterr().out
 
 

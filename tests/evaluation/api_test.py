@@ -68,7 +68,7 @@ def test_samples_beside_real_pictures(workdir, tmp_path, monkeypatch):
 def test_wrong_use_is_refused_before_anything_is_computed(workdir, tmp_path):
     for how, match in (
         (dict(nums=3), "unknown field config.eval.nums; did you mean config.eval.num"),
-        (dict(num=-1), "config.eval.num must be at least 0"),
+        (dict(num=-1), "config.eval.num must be a whole number in"),
         (dict(guidance=(2.0,)), "no stage has guidance with a scale"),
     ):
         with pytest.raises(diffax.UserError, match=match):
