@@ -95,6 +95,11 @@ class Condition:
         """Height and width of the smallest picture that training has to read for it."""
         return (1, 1)
 
+    @property
+    def planes(self) -> int:
+        """How many channels its encoder concatenates to z."""
+        return 0
+
     def encoder(self, net: nn.Module) -> nn.Module:
         """The module (input [B, ...], z) -> Context that feeds a network."""
         raise NotImplementedError

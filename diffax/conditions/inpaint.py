@@ -52,6 +52,10 @@ class Inpaint(Condition):
 
     empty: Annotated[float, In(0, 1), TRAINING] = 0.0
 
+    @property
+    def planes(self) -> int:
+        return self.shape[2] + 1
+
     def encoder(self, net: nn.Module) -> nn.Module:
         return InpaintEncoder(name=self.name)
 

@@ -120,6 +120,10 @@ class LowRes(Condition):
         return (*(side // self.factor for side in self.shape[:2]), *self.shape[2:])
 
     @property
+    def planes(self) -> int:
+        return self.shape[-1]
+
+    @property
     def stops_before(self) -> float | None:
         return self.level if self.truncated else None
 

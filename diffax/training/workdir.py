@@ -152,14 +152,18 @@ def starting_params(config: Mapping[str, Any], name: str, model: Any) -> Params:
             raise UserError(f"{lines[0]}; {checkpoints.directory}; start from a model of the same network")
         average = next((str(d) for d in saved[name]["train"]["ema"]), None)
         _, params, _ = checkpoints.restore_ema(decay=average, raw=average is None)
-    for condition in missing:
-        planes = getattr(model.conditions[condition], "planes", 0)
-        if not planes:
+    at = model.shape[-1]
+    for condition, its in model.conditions.items():
+        if condition not in missing:
+            at += its.planes
+            continue
+        if not its.planes:
             raise UserError(
                 f"{name} has the condition {condition!r}, which what it starts from does not; "
                 f"config.{name}.train.start_from; only conditions that are planes beside z can be new"
             )
-        params = widen_input(params, at=model.shape[-1], by=planes)
+        params = widen_input(params, at=at, by=its.planes)
+        at += its.planes
     return params
 
 
