@@ -204,7 +204,7 @@ def _of_enlargements(sample_fn: SampleFn, workdir: pathlib.Path) -> Iterator[Row
         for row in scores.enlargements(alone, settings):
             rows.append(row)
             if "_made" in row and _primary():
-                level = f"_{row['level']}" if "level" in row else ""
+                level = f"_{row['level']:g}" if "level" in row else ""
                 path = workdir / model.name / f"enlargements{level}.png"
                 grids.draw_enlargements(path, row["_small"], row["_made"], row["_real"])
             yield {"section": model.name, **row}

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from diffax.errors import UserError
-from diffax.evaluation import compare
+from diffax.evaluation import features
 from diffax.networks import inception
 from diffax.weights import files as weights
 from diffax.weights import inception as convert
@@ -31,7 +31,7 @@ def state_dict():
 def test_the_extractor_gives_the_same_on_all_devices():
     params = convert.from_torch(state_dict())
     pictures = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3)).astype(np.float32)
-    got = compare.inception_extractor(params)(pictures)
+    got = features.inception_extractor(params)(pictures)
     want = jax.jit(inception.Inception().apply)({"params": params}, pictures)
     for name, shape in {"2048": (3, 2048), "spatial": (3, 2023), "logits": (3, 1008)}.items():
         assert got[name].shape == shape
