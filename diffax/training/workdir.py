@@ -147,6 +147,7 @@ def starting_params(config: Mapping[str, Any], name: str, model: Any) -> Params:
         missing = [c for c in model.conditions if c not in saved[name].get("conditions", {})]
         passed_over = (f"config.{name}.condition_dropout", *(f"config.{name}.conditions.{c}" for c in missing))
         before, after = (configs.identity(c, name) for c in (saved, config))
+        after[f"config.{name}.conditions"] = [c for c in model.conditions if c not in missing]  # in the same order
         lines = config_difference(before, after, ignore=passed_over)
         if lines:
             raise UserError(f"{lines[0]}; {checkpoints.directory}; start from a model of the same network")
